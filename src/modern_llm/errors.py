@@ -1,0 +1,46 @@
+"""Errors that a user can cause; each has the exit code that the command line returns for it.
+
+Everything else that is raised is a bug and keeps its traceback.
+"""
+
+
+class ModernLLMError(Exception):
+    """Base of all errors that are told to the user as one message, without a traceback."""
+
+    exit_code = 1
+
+
+class ConfigError(ModernLLMError):
+    """What was asked for is wrong or cannot be had: preset, field, component, device, launch."""
+
+    exit_code = 2
+
+
+class DataError(ModernLLMError):
+    """Data is missing, empty, malformed, or not what it was when the run began."""
+
+    exit_code = 3
+
+
+class CheckpointError(ModernLLMError):
+    """A checkpoint is missing, torn, altered, unsafe, or of another architecture."""
+
+    exit_code = 4
+
+
+class DivergedError(ModernLLMError):
+    """The loss or a gradient is not finite; the message names the last good checkpoint."""
+
+    exit_code = 5
+
+
+class ProtectedPathError(ModernLLMError):
+    """A result exists and may not be changed, or an output folder cannot be written."""
+
+    exit_code = 6
+
+
+class StoppedBySignal(ModernLLMError):  # noqa: N818 - a stop is not an error
+    """A signal asked the run to stop; a checkpoint was saved and the next start goes on."""
+
+    exit_code = 75

@@ -1,0 +1,261 @@
+"""The only writer of result files: atomic, protected, one policy for what exists already.
+
+Policies: ``timestamp`` (default) writes a sibling with the time in its name, ``skip`` leaves what
+exists and writes nothing, ``replace`` moves what exists to a backup first. A file appears whole or
+not at all, and two processes that race for one name end with two files.
+"""
+
+import fcntl
+import hashlib
+import json
+import math
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from modern_llm.errors import ConfigError, ProtectedPathError
+
+Policy = Literal["timestamp", "skip", "replace"]
+
+
+def sha256_file(path: Path) -> str:
+    """Hex sha256 of a file's bytes, read in blocks."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def to_json(value: Any) -> str:
+    """Canonical JSON: sorted keys, two spaces, non-finite numbers as null."""
+    return json.dumps(_finite(value), indent=2, sort_keys=True, allow_nan=False) + "\n"
+
+
+def sha256_json(value: Any) -> str:
+    """Hex sha256 of the canonical JSON of ``value``."""
+    return hashlib.sha256(to_json(value).encode()).hexdigest()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Path):
+        return str(value)
+    return value
+
+
+def sibling_names(path: Path) -> Iterator[Path]:
+    """``path``, then siblings with the UTC time (and a counter) before the suffix, for ever."""
+    yield path
+    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    yield path.with_name(f"{path.stem}_{stamp}{path.suffix}")
+    count = 2
+    while True:
+        yield path.with_name(f"{path.stem}_{stamp}-{count}{path.suffix}")
+        count += 1
+
+
+def back_up(path: Path) -> Path:
+    """Move ``path`` to ``<name>.bak-<time>`` beside it and return that name."""
+    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f")
+    target = path.with_name(f"{path.name}.bak-{stamp}")
+    os.rename(path, target)
+    return target
+
+
+@contextmanager
+def _io_told(path: Path) -> Iterator[None]:
+    """Turn an ``OSError`` into one message that names the path."""
+    try:
+        yield
+    except OSError as error:
+        raise ProtectedPathError(
+            f"cannot write {path}: {error.strerror or error}; free space or choose another output"
+        ) from error
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make renames inside ``folder`` durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_bytes(path: Path, data: bytes, *, on_exists: Policy = "timestamp") -> Path | None:
+    """Write a result file whole or not at all.
+
+    Args:
+        path: wanted name; its parent folders are made.
+        data: the whole content.
+        on_exists: policy, see the module's docstring.
+
+    Returns:
+        The path really written, or ``None`` when it was skipped.
+
+    Raises:
+        ProtectedPathError: the folder is read-only or full; nothing is left behind.
+    """
+    if on_exists == "skip" and path.exists():
+        return None
+    with _io_told(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            if on_exists == "replace" and path.exists():
+                back_up(path)
+            for name in sibling_names(path):
+                try:
+                    os.link(temporary, name)  # fails when the name exists: exclusive, atomic
+                except FileExistsError:
+                    if on_exists == "skip":
+                        return None
+                    continue
+                fsync_folder(path.parent)
+                return name
+        finally:
+            temporary.unlink(missing_ok=True)
+    return None
+
+
+def write_text(path: Path, text: str, *, on_exists: Policy = "timestamp") -> Path | None:
+    """Write text as UTF-8; see `write_bytes`."""
+    return write_bytes(path, text.encode(), on_exists=on_exists)
+
+
+def write_json(path: Path, value: Any, *, on_exists: Policy = "timestamp") -> Path | None:
+    """Write canonical JSON; see `to_json` and `write_bytes`."""
+    return write_text(path, to_json(value), on_exists=on_exists)
+
+
+def new_folder(path: Path, *, on_exists: Policy = "timestamp") -> Path | None:
+    """Make a folder that nobody else has, under the same policies as a file.
+
+    Returns:
+        The folder made, or ``None`` when one exists and the policy is ``skip``.
+
+    Raises:
+        ProtectedPathError: the parent cannot be written.
+    """
+    with _io_told(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if on_exists == "replace" and path.exists():
+            back_up(path)
+        for name in sibling_names(path):
+            try:
+                name.mkdir()
+                return name
+            except FileExistsError:
+                if on_exists == "skip":
+                    return None
+    return None
+
+
+@contextmanager
+def published_folder(target: Path) -> Iterator[Path]:
+    """Yield a staging sibling that becomes ``target`` in one rename when the block succeeds.
+
+    A killed process leaves ``.tmp-*``, never half a folder. Files are synced to disk before the
+    rename and the parent after it.
+
+    Raises:
+        ProtectedPathError: ``target`` exists, or the disk refuses; the staging folder is removed.
+    """
+    if target.exists():
+        raise ProtectedPathError(f"{target} exists; it is never overwritten in place")
+    staging = target.with_name(f".tmp-{target.name}-{os.getpid()}")
+    with _io_told(target):
+        try:
+            shutil.rmtree(staging, ignore_errors=True)  # of an earlier process with this pid
+            staging.mkdir(parents=True)
+            yield staging
+            for file in staging.rglob("*"):
+                if file.is_file():
+                    with file.open("rb") as handle:
+                        os.fsync(handle.fileno())
+            os.rename(staging, target)
+            fsync_folder(target.parent)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold ``folder`` for this process; the lock dies with the process, so none is ever stale.
+
+    Raises:
+        ConfigError: another process holds it; names its pid and host.
+        ProtectedPathError: the folder cannot be written.
+    """
+    with _io_told(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = (folder / ".lock").open("a+")
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            handle.seek(0)
+            holder = handle.read().strip() or "unknown"
+            raise ConfigError(
+                f"{folder} is in use by another run ({holder}); wait, or give another --run-name"
+            ) from None
+        handle.truncate(0)
+        handle.write(f"pid {os.getpid()} on {socket.gethostname()}")
+        handle.flush()
+        yield
+
+
+class JsonLines:
+    """An append-only log, one JSON object a line, one write a row.
+
+    A torn last line (the process was killed inside a write) is cut off on opening. A row whose
+    ``step`` is not above the last one of its ``kind`` is dropped: after a restart the same steps
+    are computed again, to the bit, and are in the file already.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._last_step: dict[str, int] = {}
+        if path.exists():
+            self._repair()
+
+    def _repair(self) -> None:
+        whole = 0
+        with _io_told(self.path), self.path.open("r+b") as file:
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                whole += len(line)
+                self._remember(json.loads(line))
+            file.truncate(whole)
+
+    def _remember(self, row: dict[str, Any]) -> None:
+        if row.get("kind") in ("train", "eval", "sample") and "step" in row:
+            self._last_step[row["kind"]] = int(row["step"])
+
+    def append(self, row: dict[str, Any]) -> bool:
+        """Append one row; returns whether it was written (see the class docstring)."""
+        kind, step = str(row.get("kind")), row.get("step")
+        if step is not None and step <= self._last_step.get(kind, -1):
+            return False
+        line = json.dumps(_finite(row), allow_nan=False) + "\n"
+        with _io_told(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("ab") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                file.write(line.encode())
+        self._remember(row)
+        return True

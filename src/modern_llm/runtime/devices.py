@@ -1,0 +1,97 @@
+"""Devices, ranks, precision and threads: what was asked for is applied or refused."""
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from modern_llm.errors import ConfigError
+
+Precision = Literal["fp32", "bf16", "fp16"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all that train together."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+
+
+def single_process() -> Ranks:
+    """The ranks of a run of one process.
+
+    Raises:
+        ConfigError: a launcher started several; each would train alone and write the same files.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size > 1:
+        raise ConfigError(
+            f"WORLD_SIZE={world_size}, but training.distributed=none is one process; "
+            "start a single process"
+        )
+    return Ranks()
+
+
+def resolve_device(name: str = "auto") -> torch.device:
+    """Device by name; ``auto`` takes CUDA, else MPS, else the CPU.
+
+    Raises:
+        ConfigError: the device is unknown or not on this machine.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"training.device: unknown device '{name}' (auto, cpu, cuda)") from None
+    available = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if not available.get(device.type, False):
+        raise ConfigError(
+            f"training.device: '{name}' is not available here; use training.device=cpu, "
+            "or run on a machine that has it"
+        )
+    return device
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """Refuse a precision that the device cannot compute in.
+
+    Raises:
+        ConfigError: unsupported; names one that works.
+    """
+    if precision == "fp16" and device.type == "cpu":
+        raise ConfigError("training.precision: fp16 needs a GPU; use bf16 or fp32 on a CPU")
+    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise ConfigError("training.precision: this GPU has no bf16; use fp16 or fp32")
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
+    """Autocast context for ``precision``; none for fp32."""
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=DTYPES[precision])
+
+
+def set_threads(threads: int | None) -> None:
+    """Use ``threads`` CPU threads for tensor operations; ``None`` keeps torch's choice."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def memory_gb(device: torch.device) -> float:
+    """Memory in use in GB (1e9 bytes): allocated on a GPU, resident of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device) / 1e9
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e9
