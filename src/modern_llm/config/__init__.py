@@ -1,0 +1,57 @@
+"""Layer 1: schemas, loading with ``extends`` and overrides, presets. Needs no torch."""
+
+from modern_llm.config.data import DataConfig, TokenizerConfig
+from modern_llm.config.loading import (
+    get_pipeline_preset,
+    json_schema,
+    list_presets,
+    load_config,
+)
+from modern_llm.config.model import ModelConfig, MoEConfig
+from modern_llm.config.pipeline import (
+    STAGES,
+    TRAINED_STAGES,
+    DPOConfig,
+    EvalConfig,
+    PerplexityTask,
+    PipelineConfig,
+    PreferenceTask,
+    PretrainConfig,
+    ReasoningTask,
+    SFTConfig,
+    StageConfig,
+    TextMetricTask,
+    VerifierConfig,
+    check_run_name,
+)
+from modern_llm.config.schema import Component, Schema, SourceConfig
+from modern_llm.config.training import TrainingConfig
+
+__all__ = [
+    "STAGES",
+    "TRAINED_STAGES",
+    "Component",
+    "DPOConfig",
+    "DataConfig",
+    "EvalConfig",
+    "MoEConfig",
+    "ModelConfig",
+    "PerplexityTask",
+    "PipelineConfig",
+    "PreferenceTask",
+    "PretrainConfig",
+    "ReasoningTask",
+    "SFTConfig",
+    "Schema",
+    "SourceConfig",
+    "StageConfig",
+    "TextMetricTask",
+    "TokenizerConfig",
+    "TrainingConfig",
+    "VerifierConfig",
+    "check_run_name",
+    "get_pipeline_preset",
+    "json_schema",
+    "list_presets",
+    "load_config",
+]

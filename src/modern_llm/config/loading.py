@@ -1,0 +1,216 @@
+"""From a preset name or a file, with ``extends`` and dotted overrides, to a `PipelineConfig`."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from modern_llm.config.model import ALIASES, canonical_names
+from modern_llm.config.pipeline import TRAINED_STAGES, PipelineConfig
+from modern_llm.errors import ConfigError
+from modern_llm.registry import suggest
+
+SUFFIXES = (".json", ".yaml", ".yml")
+
+
+def presets_folder() -> Path:
+    """Folder of the presets: in the package of a wheel, else at the root of the repository."""
+    package = Path(__file__).resolve().parents[1] / "configs"
+    return package if package.is_dir() else Path(__file__).resolve().parents[3] / "configs"
+
+
+def list_presets() -> list[str]:
+    """Names that ``--config`` takes beside paths."""
+    files = presets_folder().glob("*.json")
+    return sorted(f.stem for f in files if f.stem != "schema" and not f.stem.startswith("_"))
+
+
+def get_pipeline_preset(name: str) -> PipelineConfig:
+    """The resolved config of a preset.
+
+    Raises:
+        ConfigError: no preset of that name.
+    """
+    return load_config(name)
+
+
+def load_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> PipelineConfig:
+    """Read, merge, override and check a config.
+
+    Args:
+        name_or_path: a preset's name, or a path to a ``.json``, ``.yaml`` or ``.yml`` file.
+        overrides: ``section.field=value``; the value is read as JSON, else taken as text.
+
+    Raises:
+        ConfigError: all problems at once, each with the field's path, value and rule.
+    """
+    raw = _read_with_parents(_locate(str(name_or_path), base=None), seen=())
+    problems = [problem for item in overrides if (problem := _override(raw, item))]
+    if problems:
+        raise ConfigError("\n".join(problems))
+    try:
+        return PipelineConfig.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(explain(error, PipelineConfig, str(name_or_path))) from None
+
+
+def _locate(name: str, *, base: Path | None) -> Path:
+    """File of a preset name or a path; a relative path is also tried beside ``base``."""
+    if name.endswith(SUFFIXES):
+        for path in [Path(name)] + ([base.parent / name] if base else []):
+            if path.is_file():
+                return path
+        raise ConfigError(f"{name}: no such config file")
+    path = presets_folder() / f"{name}.json"
+    if "/" in name or not path.is_file():
+        presets = list_presets()
+        raise ConfigError(
+            f"unknown preset '{name}'{suggest(name, presets)} "
+            f"(there are: {', '.join(presets)}; or give a path to a .json or .yaml file)"
+        )
+    return path
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text()
+        value = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read as {path.suffix[1:]}: {error}") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: must hold one object of sections, has {type(value).__name__}")
+    return value
+
+
+def _read_with_parents(path: Path, *, seen: tuple[Path, ...]) -> dict[str, Any]:
+    path = path.resolve()
+    if path in seen:
+        raise ConfigError(f"{path}: extends itself through {' -> '.join(p.name for p in seen)}")
+    own = _read(path)
+    own.pop("$schema", None)
+    parent_name = own.pop("extends", None)
+    if isinstance(own.get("model"), dict):
+        try:
+            own["model"] = canonical_names(own["model"])
+        except ValueError as error:
+            raise ConfigError(f"{path}: model: {error}") from None
+    own.setdefault("name", path.stem)
+    if parent_name is None:
+        return own
+    parent = _read_with_parents(_locate(str(parent_name), base=path), seen=(*seen, path))
+    return merge(parent, own)
+
+
+def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """``above`` over ``below``, section by section; lists and components are replaced whole."""
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        if isinstance(value, dict) and isinstance(old, dict) and "name" not in value:
+            merged[key] = merge(old, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _override(raw: dict[str, Any], item: str) -> str | None:
+    """Apply one ``section.field=value`` in place; returns a problem, if any."""
+    dotted, separator, text = item.partition("=")
+    keys = dotted.strip().removeprefix("--").split(".")
+    if not separator or not all(keys):
+        return f"override {item!r}: write section.field=value, such as training.lr=3e-4"
+    if keys[0] == "model" and len(keys) > 1:
+        keys[1] = ALIASES.get(keys[1], keys[1])
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = {"True": True, "False": False, "None": None}.get(text, text)
+    if keys[0] == "training" and len(keys) > 1:  # for every stage, so the stages' own give way
+        for stage in TRAINED_STAGES:
+            section = raw.get(stage)
+            if isinstance(section, dict) and isinstance(section.get("training"), dict):
+                own = {k: v for k, v in section["training"].items() if k != keys[1]}
+                raw[stage] = {**section, "training": own}
+    return _set(raw, keys, value, item)
+
+
+def _set(container: Any, keys: list[str], value: Any, item: str) -> str | None:
+    key, rest = keys[0], keys[1:]
+    if isinstance(container, list):
+        if not key.isdigit() or int(key) >= len(container):
+            return f"override {item!r}: '{key}' is no index into a list of {len(container)}"
+        slot: Any = int(key)
+    elif isinstance(container, dict):
+        slot = key
+    else:
+        return f"override {item!r}: there is nothing below '{container}'"
+    if not rest:
+        container[slot] = value
+        return None
+    child = container[slot] if isinstance(container, list) else container.get(slot, {})
+    if isinstance(child, str):  # "rope" -> {"name": "rope"}, so that an option can be set
+        child = {"name": child}
+    child = (
+        dict(child)
+        if isinstance(child, dict)
+        else list(child)
+        if isinstance(child, list)
+        else child
+    )
+    container[slot] = child
+    return _set(child, rest, value, item)
+
+
+def explain(error: ValidationError, schema: type[BaseModel], where: str) -> str:
+    """All problems of a validation, one a line: path, value, rule, nearest valid name."""
+    lines = []
+    for problem in error.errors(include_url=False):
+        path = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            fields = _fields_at(schema, problem["loc"][:-1])
+            near = suggest(str(problem["loc"][-1]), [*fields, *ALIASES])
+            lines.append(f"{path}: unknown field{near} (fields here: {', '.join(sorted(fields))})")
+        elif problem["type"] == "missing":
+            lines.append(f"{path}: is required")
+        elif problem["type"] == "value_error":
+            message = problem["msg"].removeprefix("Value error, ")
+            lines.append(f"{path}: {message}" if path else message)
+        else:
+            lines.append(f"{path}={problem['input']!r}: {problem['msg']}")
+    return f"config {where}:\n" + "\n".join(f"  {line}" for line in dict.fromkeys(lines))
+
+
+def _fields_at(schema: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    current: Any = schema
+    for part in location:
+        if not (isinstance(current, type) and issubclass(current, BaseModel)):
+            return []
+        field = current.model_fields.get(str(part))
+        if field is None:
+            return []
+        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        current = next(
+            (c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None
+        )
+    return list(current.model_fields) if current is not None else []
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of a config file, for editors; nothing is required, since a file may extend."""
+
+    def relax(node: Any) -> Any:
+        if isinstance(node, dict):
+            properties = node.get("properties", {})
+            keep = "name" in properties and set(properties) <= {"name", "weight"}
+            return {k: relax(v) for k, v in node.items() if keep or k != "required"}
+        return [relax(item) for item in node] if isinstance(node, list) else node
+
+    schema = relax(PipelineConfig.model_json_schema())
+    schema["properties"]["extends"] = {"type": "string", "description": "preset or path below this"}
+    schema["properties"]["$schema"] = {"type": "string"}
+    aliases = {name: schema["$defs"]["ModelConfig"]["properties"][f] for name, f in ALIASES.items()}
+    schema["$defs"]["ModelConfig"]["properties"].update(aliases)
+    return schema

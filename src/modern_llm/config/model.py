@@ -1,0 +1,127 @@
+"""Sizes and component choices of one decoder."""
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from modern_llm.config.schema import Component, Schema
+
+GATED_FFNS = ("swiglu", "geglu")  # three matrices: their default width is 8/3 of d_model
+
+ALIASES = {
+    "n_embd": "d_model",
+    "hidden_size": "d_model",
+    "n_layer": "n_layers",
+    "num_layers": "n_layers",
+    "n_head": "n_heads",
+    "num_heads": "n_heads",
+    "block_size": "max_seq_len",
+    "normalization": "norm",
+    "norm_type": "norm",
+    "position_encoding": "position",
+    "pos_type": "position",
+    "ffn_type": "ffn",
+    "attention_type": "attention",
+    "weight_tying": "tie_embeddings",
+}
+
+
+class MoEConfig(Schema):
+    """Mixture of experts in place of the feed-forward; each expert has width ``d_ff``."""
+
+    n_experts: PositiveInt
+    top_k: PositiveInt = 2
+    balance_coef: float = Field(0.01, ge=0)  # weight of the load-balance loss
+    every: PositiveInt = 1  # 1: all layers; 2: every second, the last of each two
+
+    @model_validator(mode="after")
+    def _check_top_k(self) -> Self:
+        if self.top_k > self.n_experts:
+            raise ValueError(f"top_k={self.top_k} exceeds n_experts={self.n_experts}")
+        return self
+
+
+class ModelConfig(Schema):
+    """Sizes and component choices of one decoder; every size is a count."""
+
+    vocab_size: PositiveInt  # rows of the embedding; the tokenizer may have fewer ids
+    d_model: PositiveInt
+    n_layers: PositiveInt
+    n_heads: PositiveInt
+    n_kv_heads: PositiveInt  # default: n_heads
+    d_ff: PositiveInt  # default: 4 d_model; gated: 8/3 d_model, rounded up to a multiple of 32
+    max_seq_len: PositiveInt  # longest context in tokens
+    norm: Component = Component("rmsnorm")
+    norm_position: Literal["pre", "post"] = "pre"
+    norm_eps: PositiveFloat = 1e-5
+    position: Component = Component("rope")
+    attention: Literal["full", "window"] = "full"
+    attention_backend: Literal["sdpa", "manual"] = "sdpa"
+    window: PositiveInt | None = None  # keys that a query sees, itself included
+    n_sinks: NonNegativeInt = 0  # first tokens that stay visible beside the window
+    sink: Literal["none", "learned"] = "none"  # learned: a logit per head in the denominator
+    ffn: Component = Component("swiglu")
+    activation: str = "gelu"  # of the standard feed-forward
+    moe: MoEConfig | None = None
+    qk_norm: bool = False
+    bias: bool = False
+    tie_embeddings: bool = True
+    dropout: float = Field(0.0, ge=0, lt=1)
+    init_std: PositiveFloat = 0.02
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        value = canonical_names(value)
+        if isinstance(heads := value.get("n_heads"), int):
+            value.setdefault("n_kv_heads", heads)
+        if isinstance(width := value.get("d_model"), int):
+            ffn = value.get("ffn", "swiglu")
+            name = ffn.get("name") if isinstance(ffn, dict) else getattr(ffn, "name", ffn)
+            gated = name in GATED_FFNS
+            value.setdefault("d_ff", -(-8 * width // 96) * 32 if gated else 4 * width)
+        return value
+
+    @model_validator(mode="after")
+    def _check_sizes(self) -> Self:
+        """Report every broken size rule at once, each with a choice that works."""
+        problems = []
+        if self.d_model % self.n_heads:
+            fits = [n for n in range(1, self.d_model + 1) if self.d_model % n == 0]
+            near = sorted(fits, key=lambda n: abs(n - self.n_heads))[:4]
+            problems.append(
+                f"d_model={self.d_model} is not a multiple of n_heads={self.n_heads}: "
+                f"use n_heads from {sorted(near)}"
+            )
+        if self.n_heads % self.n_kv_heads:
+            fits = [k for k in range(1, self.n_heads + 1) if self.n_heads % k == 0]
+            problems.append(f"n_kv_heads={self.n_kv_heads} must divide n_heads: use one of {fits}")
+        if self.attention == "window" and self.window is None:
+            problems.append("attention=window needs window=<tokens>")
+        if self.attention == "full" and (self.window is not None or self.n_sinks):
+            problems.append("window and n_sinks need attention=window")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    @property
+    def head_size(self) -> int:
+        """Width of one attention head."""
+        return self.d_model // self.n_heads
+
+
+def canonical_names(section: dict[str, Any]) -> dict[str, Any]:
+    """``section`` of a model config with the aliases of other projects put right.
+
+    Raises:
+        ValueError: a field is given twice, under two names.
+    """
+    named: dict[str, Any] = {}
+    for key, value in section.items():
+        name = ALIASES.get(key, key)
+        if name in named:
+            raise ValueError(f"'{key}' and '{name}' are the same field; give it once")
+        named[name] = value
+    return named

@@ -1,0 +1,231 @@
+"""The whole run: model, data, the five stages, evaluation, paths."""
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
+
+from modern_llm.config.data import DataConfig, TokenizerConfig
+from modern_llm.config.model import ModelConfig
+from modern_llm.config.schema import Schema, SourceConfig
+from modern_llm.config.training import TrainingConfig
+from modern_llm.runtime.artifacts import sha256_json, to_json
+
+STAGES = ("pretrain", "sft", "dpo", "verifier", "eval")
+TRAINED_STAGES = STAGES[:-1]
+
+
+class StageConfig(Schema):
+    """What every trained stage has."""
+
+    data: list[SourceConfig] = Field(min_length=1)
+    validation: list[SourceConfig] | None = None  # default: the validation split of ``data``
+    max_validation_rows: PositiveInt | None = None  # rows of each validation source; None: all
+    training: TrainingConfig
+
+
+class PretrainConfig(StageConfig):
+    """Next-token prediction on packed text."""
+
+
+class SFTConfig(StageConfig):
+    """Supervised fine-tuning on prompts and answers; only the answer and its EOS are learned."""
+
+
+class DPOConfig(StageConfig):
+    """Direct preference optimisation against the frozen SFT model."""
+
+    loss: Literal["sigmoid", "ipo"] = "sigmoid"
+    beta: PositiveFloat = 0.1
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    max_prompt_tokens: PositiveInt = 128
+    max_answer_tokens: PositiveInt = 128
+
+    @model_validator(mode="after")
+    def _check_loss(self) -> Self:
+        if self.loss == "ipo" and self.label_smoothing:
+            raise ValueError("label_smoothing belongs to loss=sigmoid; ipo has none")
+        return self
+
+
+class VerifierConfig(StageConfig):
+    """A token-level scorer of solutions, trained on the policy's own graded samples."""
+
+    n_problems: PositiveInt = 500  # training problems that the policy answers
+    n_validation_problems: PositiveInt = 100
+    samples_per_problem: PositiveInt = 8
+    temperature: PositiveFloat = 0.7
+    max_new_tokens: PositiveInt = 64
+    min_wrong: float = Field(0.2, ge=0, le=0.5)  # topped up with corrupted worked solutions
+    min_right: float = Field(0.2, ge=0, le=0.5)  # topped up with the worked solutions
+    lm_coef: NonNegativeFloat = 0.1  # weight of the joint language-model loss
+
+
+class PerplexityTask(Schema):
+    """Perplexity of held-out text, by every protocol of ``docs/evaluation.md``."""
+
+    source: SourceConfig
+    split: Literal["validation", "test"] = "test"
+    context: PositiveInt | None = None  # tokens; default: model.max_seq_len
+    max_texts: PositiveInt | None = None
+
+
+class ReasoningTask(Schema):
+    """Exact match, pass@k, majority and best-of-n on problems with one right answer."""
+
+    source: SourceConfig
+    split: Literal["validation", "test"] = "test"
+    n_problems: PositiveInt = 200
+    n_samples: PositiveInt = 8
+    temperature: PositiveFloat = 0.7
+    max_new_tokens: PositiveInt = 64
+
+
+class PreferenceTask(Schema):
+    """How often the policy prefers the chosen answer of held-out pairs."""
+
+    source: SourceConfig
+    split: Literal["validation", "test"] = "test"
+    max_pairs: PositiveInt = 500
+
+
+class TextMetricTask(Schema):
+    """A metric of the ``evaluate`` library on the policy's answers to held-out instructions."""
+
+    metric: str
+    source: SourceConfig
+    split: Literal["validation", "test"] = "test"
+    max_rows: PositiveInt = 100
+    max_new_tokens: PositiveInt = 64
+
+
+class EvalConfig(Schema):
+    """What the eval stage computes for the checkpoint of every stage."""
+
+    perplexity: list[PerplexityTask] = []
+    reasoning: ReasoningTask | None = None
+    preference: PreferenceTask | None = None
+    text_metrics: list[TextMetricTask] = []
+    prompts: list[str] = []  # answered by every stage, side by side in the report
+    completions: list[str] = []  # plain text, continued by every stage
+    sample_tokens: PositiveInt = 48
+    baselines: list[str] = []  # transformers models by hub name or folder
+    batch_size: PositiveInt = 32
+    device: str = "auto"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    threads: PositiveInt | None = None
+
+
+class PathsConfig(Schema):
+    """Where results go, relative to the working directory."""
+
+    output: Path = Path("experiments/runs")
+    report: Path = Path("report")
+    ledger: Path = Path("experiments/results/ledger.jsonl")
+
+
+class PipelineConfig(Schema):
+    """A whole run, resolved: every default is filled in."""
+
+    name: str
+    description: str = ""
+    seed: NonNegativeInt = 0
+    max_steps: PositiveInt | None = None  # caps each trained stage, for smoke runs
+    model: ModelConfig
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    data: DataConfig = DataConfig()
+    training: dict[str, Any] = {}  # defaults of every stage's training
+    pretrain: PretrainConfig
+    sft: SFTConfig
+    dpo: DPOConfig
+    verifier: VerifierConfig
+    eval: EvalConfig = EvalConfig()
+    paths: PathsConfig = PathsConfig()
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, name: str) -> str:
+        return check_run_name(name)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _share_training(cls, value: Any) -> Any:
+        """Fill each stage's training from the shared section, the model and the seed."""
+        if not isinstance(value, dict):
+            return value
+        shared = value.get("training") or {}
+        model = value.get("model")
+        seq_len = model.get("max_seq_len") if isinstance(model, dict) else None
+        value = dict(value)
+        for stage in TRAINED_STAGES:
+            section = value.get(stage)
+            if not (isinstance(section, dict) and isinstance(shared, dict)):
+                continue
+            own = section.get("training", {})
+            if not isinstance(own, dict):
+                continue
+            defaults = {"seed": value.get("seed", 0)} | ({"seq_len": seq_len} if seq_len else {})
+            training = {**defaults, **shared, **own}
+            cap = value.get("max_steps")
+            if isinstance(cap, int) and isinstance(training.get("max_steps"), int):
+                training["max_steps"] = min(cap, training["max_steps"])
+            value[stage] = {**section, "training": training}
+        return value
+
+    @model_validator(mode="after")
+    def _check_lengths(self) -> Self:
+        problems = [
+            f"{stage}.training.seq_len={length} exceeds model.max_seq_len={self.model.max_seq_len}"
+            for stage in TRAINED_STAGES
+            if (length := self.stage(stage).training.seq_len) > self.model.max_seq_len
+        ]
+        pair = self.dpo.max_prompt_tokens + self.dpo.max_answer_tokens
+        if pair > self.model.max_seq_len:
+            problems.append(
+                f"dpo.max_prompt_tokens + dpo.max_answer_tokens = {pair} exceeds "
+                f"model.max_seq_len={self.model.max_seq_len}"
+            )
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def stage(self, name: str) -> StageConfig:
+        """Section of a trained stage."""
+        section: StageConfig = getattr(self, name)
+        return section
+
+    def __str__(self) -> str:
+        return to_json(self.model_dump(mode="json")).rstrip()
+
+    def sha256(self) -> str:
+        """Hash of all that can change a number; names, places and logging are left out."""
+        value = self.model_dump(mode="json", exclude={"name", "description", "paths", "training"})
+        for key in ("root", "cache_dir"):
+            value["data"].pop(key)
+        for stage in TRAINED_STAGES:
+            for key in ("log_every", "save_every", "keep_last"):
+                value[stage]["training"].pop(key)
+        return sha256_json(value)
+
+
+def check_run_name(name: str) -> str:
+    """Return ``name`` when it can be one folder's name.
+
+    Raises:
+        ValueError: it holds anything but letters, digits, ``.``, ``_`` and ``-``.
+    """
+    plain = name.replace("-", "").replace("_", "").replace(".", "")
+    if not (plain.isascii() and plain.isalnum() and name[0].isalnum() and len(name) <= 100):
+        raise ValueError(
+            f"run name {name!r}: use letters, digits, '.', '_' and '-', beginning with a letter "
+            "or digit, at most 100"
+        )
+    return name

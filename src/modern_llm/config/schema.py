@@ -1,0 +1,89 @@
+"""Base of all config sections, and the two shapes that carry a name with free options."""
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, model_serializer, model_validator
+from pydantic_core import CoreSchema
+
+
+class Schema(BaseModel):
+    """Frozen section; an unknown field is refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Component(Schema):
+    """A registered component: ``"rope"`` or ``{"name": "rope", "theta": 500000}``.
+
+    All keys but ``name`` are the component's options; its signature says which it accepts.
+    """
+
+    name: str
+    options: dict[str, Any] = {}
+
+    def __init__(self, name: str, **options: Any) -> None:
+        super().__init__(name=name, options=options)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _collect(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"name": value, "options": {}}
+        if isinstance(value, Mapping) and "options" not in value:
+            return {
+                "name": value.get("name"),
+                "options": {k: value[k] for k in value if k != "name"},
+            }
+        return value
+
+    @model_serializer
+    def _flatten(self) -> str | dict[str, Any]:
+        return {"name": self.name, **self.options} if self.options else self.name
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        named = {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}
+        return {"anyOf": [{"type": "string"}, named], "description": "name, or name with options"}
+
+
+class SourceConfig(Schema):
+    """One data source: its registered name, its share in a mixture, and the source's options.
+
+    ``{"name": "tinystories", "weight": 0.4}``; all other keys are options of the source.
+    """
+
+    name: str
+    weight: float | None = None  # share of the drawn tokens; None: in proportion to its size
+    options: dict[str, Any] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _collect(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"name": value}
+        if isinstance(value, Mapping) and "options" not in value:
+            own = {key: value[key] for key in ("name", "weight") if key in value}
+            return {**own, "options": {k: value[k] for k in value if k not in ("name", "weight")}}
+        return value
+
+    @model_validator(mode="after")
+    def _check_weight(self) -> Self:
+        if self.weight is not None and self.weight <= 0:
+            raise ValueError(f"weight={self.weight} must be above 0; leave the source out instead")
+        return self
+
+    @model_serializer
+    def _flatten(self) -> dict[str, Any]:
+        weight = {} if self.weight is None else {"weight": self.weight}
+        return {"name": self.name, **weight, **self.options}
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        properties = {"name": {"type": "string"}, "weight": {"type": "number"}}
+        named = {"type": "object", "properties": properties, "required": ["name"]}
+        return {"anyOf": [{"type": "string"}, named], "description": "name, or name with options"}

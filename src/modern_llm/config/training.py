@@ -1,0 +1,62 @@
+"""How one stage is optimised."""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+
+from modern_llm.config.schema import Component, Schema
+
+
+class TrainingConfig(Schema):
+    """Optimizer steps of one stage. A row is one packed sequence, one pair, or one answer."""
+
+    max_steps: PositiveInt
+    batch_size: PositiveInt = 32  # rows of one optimizer step, over all micro-batches and ranks
+    micro_batch_size: PositiveInt  # rows of one forward pass on one rank; default: batch_size
+    seq_len: PositiveInt  # tokens of a row; default: model.max_seq_len
+    optimizer: Component = Component("adamw")
+    lr: PositiveFloat = 3e-4
+    min_lr_ratio: float = Field(0.1, ge=0, le=1)  # last learning rate / lr
+    schedule: Component = Component("cosine")
+    warmup: NonNegativeInt | Annotated[float, Field(ge=0, lt=1)] = 0.02  # steps, or a share
+    weight_decay: NonNegativeFloat = 0.1  # on matrices only
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-8
+    max_grad_norm: PositiveFloat = 1.0
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    compile: bool = False
+    activation_checkpointing: bool = False
+    doc_mask: bool = False  # documents packed in one row do not see each other
+    distributed: Literal["none"] = "none"
+    device: str = "auto"
+    threads: PositiveInt | None = None  # CPU threads; default: torch's choice
+    seed: NonNegativeInt = 0
+    log_every: PositiveInt = 10  # steps
+    eval_every: NonNegativeInt = 0  # steps; 0: at the start and the end only
+    save_every: NonNegativeInt = 0  # steps; 0: at the end only
+    sample_every: NonNegativeInt = 0  # steps; 0: never
+    keep_last: PositiveInt = 2  # checkpoints kept beside the best one
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, value: Any) -> Any:
+        if isinstance(value, dict) and "micro_batch_size" not in value:
+            value = {**value, "micro_batch_size": value.get("batch_size", 32)}
+        return value
+
+    @model_validator(mode="after")
+    def _check_batch(self) -> Self:
+        if self.batch_size % self.micro_batch_size:
+            fits = [m for m in range(1, self.batch_size + 1) if self.batch_size % m == 0]
+            raise ValueError(
+                f"micro_batch_size={self.micro_batch_size} must divide "
+                f"batch_size={self.batch_size}: use one of {fits[-6:]}"
+            )
+        return self
