@@ -208,7 +208,7 @@ def json_schema() -> dict[str, Any]:
             return {k: relax(v) for k, v in node.items() if keep or k != "required"}
         return [relax(item) for item in node] if isinstance(node, list) else node
 
-    schema = relax(PipelineConfig.model_json_schema())
+    schema: dict[str, Any] = relax(PipelineConfig.model_json_schema())
     schema["properties"]["extends"] = {"type": "string", "description": "preset or path below this"}
     schema["properties"]["$schema"] = {"type": "string"}
     aliases = {name: schema["$defs"]["ModelConfig"]["properties"][f] for name, f in ALIASES.items()}

@@ -110,14 +110,16 @@ class TextMetricTask(Schema):
 class EvalConfig(Schema):
     """What the eval stage computes for the checkpoint of every stage."""
 
-    perplexity: list[PerplexityTask] = []
+    perplexity: list[PerplexityTask] = Field(default_factory=list)
     reasoning: ReasoningTask | None = None
     preference: PreferenceTask | None = None
-    text_metrics: list[TextMetricTask] = []
-    prompts: list[str] = []  # answered by every stage, side by side in the report
-    completions: list[str] = []  # plain text, continued by every stage
+    text_metrics: list[TextMetricTask] = Field(default_factory=list)
+    prompts: list[str] = Field(
+        default_factory=list
+    )  # answered by every stage, side by side in the report
+    completions: list[str] = Field(default_factory=list)  # plain text, continued by every stage
     sample_tokens: PositiveInt = 48
-    baselines: list[str] = []  # transformers models by hub name or folder
+    baselines: list[str] = Field(default_factory=list)  # transformers models by hub name or folder
     batch_size: PositiveInt = 32
     device: str = "auto"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -142,7 +144,7 @@ class PipelineConfig(Schema):
     model: ModelConfig
     tokenizer: TokenizerConfig = TokenizerConfig()
     data: DataConfig = DataConfig()
-    training: dict[str, Any] = {}  # defaults of every stage's training
+    training: dict[str, Any] = Field(default_factory=dict)  # defaults of every stage's training
     pretrain: PretrainConfig
     sft: SFTConfig
     dpo: DPOConfig

@@ -3,7 +3,14 @@
 from collections.abc import Mapping
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, model_serializer, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    model_serializer,
+    model_validator,
+)
 from pydantic_core import CoreSchema
 
 
@@ -20,10 +27,10 @@ class Component(Schema):
     """
 
     name: str
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default_factory=dict)
 
     def __init__(self, name: str, **options: Any) -> None:
-        super().__init__(name=name, options=options)
+        super().__init__(**{"name": name, "options": options})
 
     @model_validator(mode="before")
     @classmethod
@@ -57,7 +64,7 @@ class SourceConfig(Schema):
 
     name: str
     weight: float | None = None  # share of the drawn tokens; None: in proportion to its size
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="before")
     @classmethod
