@@ -1,0 +1,1 @@
+"""Layer 2: sources, tokenizers, templates, token stores, loaders and batches."""

@@ -1,0 +1,336 @@
+"""From sources to token stores: what is encoded, what is cut, what is left out and counted."""
+
+import hashlib
+import itertools
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
+
+from modern_llm.config import DataConfig
+from modern_llm.data.sources.base import RowCounts, Source
+from modern_llm.data.store import Record, TokenStore, build_store
+from modern_llm.data.templates import (
+    TEMPLATE_HASH,
+    Prompt,
+    prompt_text,
+    prompts_ids,
+    truncate_prompt,
+)
+from modern_llm.data.tokenizer import Tokenizer
+from modern_llm.errors import ConfigError
+from modern_llm.runtime.artifacts import sha256_json
+
+T = TypeVar("T")
+Row = dict[str, Any]
+BATCH_ROWS, BATCH_CHARS = 256, 1 << 20  # encoded in one call of the tokenizer
+
+Encode = Callable[[list[Row]], Iterator["Record | str"]]  # a record, or the reason to drop the row
+
+
+def text_store(
+    sources: Sequence[Source],
+    split: str,
+    tokenizer: Tokenizer,
+    data: DataConfig,
+    *,
+    max_rows: int | None = None,
+) -> TokenStore:
+    """Pretraining documents, ``<|bos|> text <|eos|>``: segment "text".
+
+    Args:
+        sources: of kind "text"; their documents follow each other.
+        split: "train", "validation" or "test".
+        tokenizer: gives the ids; its hash is part of the store's key.
+        data: cache folder and limit of malformed rows.
+        max_rows: documents of each source at most.
+
+    Raises:
+        DataError: the data cannot be had, is malformed, or nothing is left.
+        ConfigError: a source of another kind.
+    """
+
+    def encode(rows: list[Row]) -> Iterator[Record]:
+        for ids in tokenizer.encode_batch([row["text"] for row in rows]):
+            yield ([tokenizer.bos_id, *ids, tokenizer.eos_id],)
+
+    job = _Job("text", ("text",), sources, split, tokenizer, data, max_rows)
+    return job.build(encode)
+
+
+def instruct_store(
+    sources: Sequence[Source],
+    split: str,
+    tokenizer: Tokenizer,
+    data: DataConfig,
+    *,
+    max_tokens: int,
+    max_rows: int | None = None,
+    exclude: Collection[str] = (),
+) -> TokenStore:
+    """Prompts with answers for SFT: segments "prompt" and "answer" (with ``<|eos|>``).
+
+    A prompt is cut from its start to make room for the answer; an answer that does not fit beside
+    the prompt's markers is dropped, never cut, so that each answer ends with its ``<|eos|>``.
+
+    Args:
+        sources: of kind "instruct" or "problems" (question and worked answer).
+        split: "train", "validation" or "test".
+        tokenizer: gives the ids; its hash is part of the store's key.
+        data: cache folder and limit of malformed rows.
+        max_tokens: of prompt and answer together.
+        max_rows: rows of each source at most.
+        exclude: `prompt_hash` of prompts that are held out elsewhere.
+
+    Raises:
+        DataError: the data cannot be had, is malformed, or nothing is left.
+        ConfigError: a source of another kind.
+    """
+
+    def encode(rows: list[Row]) -> Iterator[Record | str]:
+        prompts = prompts_ids(tokenizer, [_prompt(row) for row in rows])
+        answers = tokenizer.encode_batch([row["answer"] for row in rows])
+        for prompt, ids in zip(prompts, answers, strict=True):
+            answer = [*ids, tokenizer.eos_id]
+            room = max_tokens - len(answer)
+            if len(prompt) <= room:
+                yield prompt, answer
+            elif room >= min(len(prompt), max_tokens // 2):
+                yield truncate_prompt(prompt, room), answer
+            else:
+                yield "answer too long"
+
+    job = _Job(
+        "instruct",
+        ("prompt", "answer"),
+        sources,
+        split,
+        tokenizer,
+        data,
+        max_rows,
+        frozenset(exclude),
+    )
+    return job.build(encode, max_tokens=max_tokens)
+
+
+def pair_store(
+    sources: Sequence[Source],
+    split: str,
+    tokenizer: Tokenizer,
+    data: DataConfig,
+    *,
+    max_prompt: int,
+    max_answer: int,
+    max_rows: int | None = None,
+    exclude: Collection[str] = (),
+) -> TokenStore:
+    """Preference pairs: segments "prompt", "chosen" and "rejected" (with ``<|eos|>``).
+
+    The prompt is cut first and from its start, then each answer to its own budget (a cut answer
+    has no ``<|eos|>``). Answers that are equal after that are dropped.
+
+    Args:
+        sources: of kind "pairs".
+        split: "train", "validation" or "test".
+        tokenizer: gives the ids; its hash is part of the store's key.
+        data: cache folder and limit of malformed rows.
+        max_prompt: tokens of a prompt, markers included.
+        max_answer: tokens of each answer, ``<|eos|>`` included.
+        max_rows: rows of each source at most.
+        exclude: `prompt_hash` of prompts that are held out elsewhere.
+
+    Raises:
+        DataError: the data cannot be had, is malformed, or nothing is left.
+        ConfigError: a source of another kind, or a budget without room.
+    """
+    if max_answer < 2:
+        raise ConfigError(f"max_answer_tokens={max_answer}: at least 2")
+
+    def encode(rows: list[Row]) -> Iterator[Record | str]:
+        prompts = prompts_ids(tokenizer, [row["prompt"] for row in rows])
+        chosen = tokenizer.encode_batch([row["chosen"] for row in rows])
+        rejected = tokenizer.encode_batch([row["rejected"] for row in rows])
+        for prompt, good, bad in zip(prompts, chosen, rejected, strict=True):
+            pair = tuple([*ids, tokenizer.eos_id][:max_answer] for ids in (good, bad))
+            if pair[0] == pair[1]:
+                yield "equal answers after truncation"
+            elif not (good and bad):
+                yield "empty answer"
+            else:
+                yield truncate_prompt(prompt, max_prompt), *pair
+
+    segments = ("prompt", "chosen", "rejected")
+    job = _Job("pairs", segments, sources, split, tokenizer, data, max_rows, frozenset(exclude))
+    return job.build(encode, max_prompt=max_prompt, max_answer=max_answer)
+
+
+def solution_store(
+    solutions: Iterable[tuple[str, str, float]],
+    tokenizer: Tokenizer,
+    data: DataConfig,
+    *,
+    key: dict[str, Any],
+    max_tokens: int,
+) -> TokenStore:
+    """Graded solutions for the verifier: segments "prompt" and "answer", column "label".
+
+    Args:
+        solutions: question, solution and label (1 for right), read only when the store is built.
+        tokenizer: gives the ids.
+        data: cache folder.
+        key: all that decides the solutions: checkpoint, problems, sampling.
+        max_tokens: of question and solution together; longer ones are dropped and counted.
+
+    Raises:
+        DataError: nothing is left.
+    """
+    counts = RowCounts()
+
+    def records() -> Iterator[Record]:
+        for batch in _batches(solutions, BATCH_ROWS):
+            prompts = prompts_ids(tokenizer, [question for question, _, _ in batch])
+            answers = tokenizer.encode_batch([solution for _, solution, _ in batch])
+            for prompt, ids, (_, _, label) in zip(prompts, answers, batch, strict=True):
+                if len(prompt) + len(ids) + 1 > max_tokens:
+                    counts.drop("too long")
+                else:
+                    yield prompt, [*ids, tokenizer.eos_id], label
+
+    full = {
+        "what": "solutions",
+        "tokenizer": tokenizer.sha256,
+        "template": TEMPLATE_HASH,
+        "max_tokens": max_tokens,
+        **key,
+    }
+    return build_store(
+        data.cache_dir,
+        segments=("prompt", "answer"),
+        key=full,
+        records=records(),
+        n_vocab=tokenizer.n_vocab,
+        pad_id=tokenizer.pad_id,
+        columns=("label",),
+        counts=counts,
+    )
+
+
+def prompt_hash(prompt: Prompt) -> str:
+    """Hash by which equal prompts of different sources and splits are found."""
+    return hashlib.sha256(prompt_text(prompt).strip().encode()).hexdigest()[:32]
+
+
+def prompt_hashes(
+    sources: Iterable[Source], split: str, max_rows: int | None = None
+) -> frozenset[str]:
+    """`prompt_hash` of every row of a split: what another split must not contain."""
+    rows = (row for s in sources for row in itertools.islice(s.rows(split), max_rows))
+    return frozenset(prompt_hash(_prompt(row)) for row in rows)
+
+
+def _prompt(row: Row) -> Prompt:
+    prompt: Prompt = row["question"] if "question" in row else row["prompt"]
+    return prompt
+
+
+class _Job:
+    """Rows of some sources, encoded in batches into one store, with counts by source."""
+
+    def __init__(
+        self,
+        what: str,
+        segments: tuple[str, ...],
+        sources: Sequence[Source],
+        split: str,
+        tokenizer: Tokenizer,
+        data: DataConfig,
+        max_rows: int | None,
+        exclude: frozenset[str] = frozenset(),
+    ) -> None:
+        kinds = {"instruct": {"instruct", "problems"}}.get(what, {what})
+        for source in sources:
+            if source.kind not in kinds:
+                raise ConfigError(
+                    f"{source.description}: rows of kind '{source.kind}', "
+                    f"needed here: {' or '.join(sorted(kinds))}"
+                )
+        self.what, self.segments, self.sources, self.split = what, segments, sources, split
+        self.tokenizer, self.data = tokenizer, data
+        self.max_rows, self.exclude = max_rows, exclude
+        self.total = RowCounts(max_bad_rows=data.max_bad_rows)
+        self.summaries: list[dict[str, Any]] = []
+
+    def build(self, encode: Encode, **options: int) -> TokenStore:
+        """The store for these rows and options."""
+        prints = [source.fingerprint(self.split) for source in self.sources]
+        key = {
+            "what": f"{self.what}, split {self.split}",
+            "sources": prints,
+            "tokenizer": self.tokenizer.sha256,
+            "template": TEMPLATE_HASH,
+            "max_rows": self.max_rows,
+            "exclude": sha256_json(sorted(self.exclude)),
+            **options,
+        }
+        return build_store(
+            self.data.cache_dir,
+            segments=self.segments,
+            key=key,
+            records=self._records(encode, prints),
+            n_vocab=self.tokenizer.n_vocab,
+            pad_id=self.tokenizer.pad_id,
+            counts=self.total,
+            sources=self.summaries,
+        )
+
+    def _records(self, encode: Encode, prints: list[str]) -> Iterator[Record]:
+        for source, fingerprint in zip(self.sources, prints, strict=True):
+            counts = RowCounts(max_bad_rows=self.data.max_bad_rows)
+            tokens = 0
+            rows = itertools.islice(self._kept(source, counts), self.max_rows)
+            for batch in _batches(rows, BATCH_ROWS, _chars):
+                for record in encode(batch):
+                    if isinstance(record, str):
+                        counts.drop(record)
+                        continue
+                    counts.kept += 1
+                    tokens += sum(len(ids) for ids in record)
+                    yield record
+            for reason, n in counts.dropped.items():
+                self.total.dropped[reason] = self.total.dropped.get(reason, 0) + n
+            self.summaries.append(
+                {
+                    "source": source.description,
+                    "split": self.split,
+                    "kind": source.kind,
+                    "rows": counts.kept,
+                    "tokens": tokens,
+                    "dropped": counts.dropped,
+                    "fingerprint": fingerprint,
+                }
+            )
+
+    def _kept(self, source: Source, counts: RowCounts) -> Iterator[Row]:
+        for row in source.rows(self.split, counts):
+            if self.exclude and prompt_hash(_prompt(row)) in self.exclude:
+                counts.drop("prompt is in another split")
+            else:
+                yield row
+
+
+def _chars(row: Row) -> int:
+    return sum(len(value) for value in row.values() if isinstance(value, str))
+
+
+def _batches(
+    rows: Iterable[T], size: int, chars: Callable[[T], int] = lambda _: 0
+) -> Iterator[list[T]]:
+    """Lists of up to ``size`` rows and about `BATCH_CHARS` characters."""
+    batch: list[T] = []
+    seen = 0
+    for row in rows:
+        batch.append(row)
+        seen += chars(row)
+        if len(batch) >= size or seen >= BATCH_CHARS:
+            yield batch
+            batch, seen = [], 0
+    if batch:
+        yield batch
