@@ -1,0 +1,1 @@
+"""Scores of live models: perplexity, exact match, best-of-n, preference, calibration."""
