@@ -1,0 +1,280 @@
+"""The decoder: embeddings, blocks, a last norm, a head."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from modern_llm.config import ModelConfig
+from modern_llm.errors import ConfigError
+from modern_llm.models.attention import AttentionContext
+from modern_llm.models.block import Block
+from modern_llm.models.cost import Cost
+from modern_llm.models.dims import Dims
+from modern_llm.models.initialize import calm_tied_logits, initialize
+from modern_llm.models.kv_cache import KVCache, StreamingCache
+from modern_llm.models.linear import Linear
+from modern_llm.models.masks import Window, additive, document_positions, visible_keys
+from modern_llm.models.moe import Routing
+from modern_llm.models.norms import NORMS
+from modern_llm.models.positions import POSITIONS, PositionEncoding
+from modern_llm.models.weights import WeightsMixin
+
+Cache = KVCache | StreamingCache
+
+
+class ModernDecoderLM(WeightsMixin):
+    """A causal language model whose every part is chosen by ``config``.
+
+    Tied embeddings are one parameter, ``embedding.weight``: there is no ``head.weight`` then, in
+    the model as in its `weights`. To compile, call ``model.compile()``: names stay as they are.
+
+    Args:
+        config: sizes and components; kept as ``.config``.
+
+    Raises:
+        ConfigError: an unknown component or option, or sizes that a component cannot take.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        dims = Dims.of(config)
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.position: PositionEncoding = POSITIONS.build(config.position, dims)
+        self.blocks = nn.ModuleList(Block(config, dims, i) for i in range(config.n_layers))
+        self.window = None if config.window is None else Window(config.window, config.n_sinks)
+        pre_norm = config.norm_position == "pre"
+        self.final_norm: nn.Module | None = None
+        if pre_norm:
+            self.final_norm = NORMS.build(config.norm, config.d_model, config.norm_eps, config.bias)
+        self.head: Linear | None = None
+        if not config.tie_embeddings:
+            self.head = Linear(config.d_model, config.vocab_size, bias=False)
+        self.activation_checkpointing = False
+        self._routing: list[tuple[int, Routing]] = []
+        initialize(self, config)
+        if config.tie_embeddings:
+            last_norm = self.final_norm if pre_norm else self.blocks[-1].ffn_norm
+            calm_tied_logits(last_norm, config)  # type: ignore[arg-type]
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        *,
+        pos_BT: Tensor | None = None,
+        doc_ids_BT: Tensor | None = None,
+        mask_BTS: Tensor | None = None,
+        pad_B: Tensor | None = None,
+        cache: Cache | None = None,
+        at_M: Tensor | None = None,
+    ) -> Tensor:
+        """Logits ``(B, T, V)`` in the compute dtype (losses want ``.float()``).
+
+        Args:
+            tokens_BT: token ids, int64.
+            pos_BT: positions in tokens; default: from 0, or on from the cache, not counting left
+                padding, and from 0 again at each document.
+            doc_ids_BT: int64; tokens of different documents do not see each other.
+            mask_BTS: bool, True = may attend; composes with the causal mask and all others.
+            pad_B: tokens of left padding of each row; default with a cache: the cache's.
+            cache: keys and values so far; it is extended by these tokens.
+            at_M: flat indices into B*T; returns logits ``(M, V)`` there only.
+
+        Raises:
+            ConfigError: more tokens than ``max_seq_len``, or than the cache has room for.
+            ValueError: arguments that exclude each other.
+        """
+        hidden_BTD = self.hidden(
+            tokens_BT,
+            pos_BT=pos_BT,
+            doc_ids_BT=doc_ids_BT,
+            mask_BTS=mask_BTS,
+            pad_B=pad_B,
+            cache=cache,
+        )
+        if at_M is not None:
+            hidden_BTD = hidden_BTD.flatten(0, 1)[at_M]
+        return self.logits(hidden_BTD)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """``(..., D)`` from `hidden` -> ``(..., V)``."""
+        weight = self.embedding.weight if self.head is None else self.head.weight
+        return F.linear(hidden.to(weight.dtype), weight)
+
+    def hidden(
+        self,
+        tokens_BT: Tensor,
+        *,
+        pos_BT: Tensor | None = None,
+        doc_ids_BT: Tensor | None = None,
+        mask_BTS: Tensor | None = None,
+        pad_B: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """Hidden state ``(B, T, D)`` after the last norm; arguments as in `forward`."""
+        n_tokens = tokens_BT.shape[1]
+        if isinstance(cache, StreamingCache):
+            if any(x is not None for x in (pos_BT, doc_ids_BT, mask_BTS, pad_B)):
+                raise ValueError("a streaming cache takes no positions, documents, mask or padding")
+            if n_tokens > cache.room():
+                raise ConfigError(
+                    f"{n_tokens} tokens exceed the streaming cache: feed {cache.room()} at most"
+                )
+            cache.evict()
+        elif cache is not None:
+            if pos_BT is not None or doc_ids_BT is not None:
+                raise ValueError("with a cache, positions follow from its length and padding")
+            if cache.length + n_tokens > cache.max_len:
+                raise ConfigError(
+                    f"{cache.length} + {n_tokens} tokens exceed the cache of {cache.max_len}"
+                )
+            if pad_B is None:
+                pad_B = cache.pad_B
+            cache.pad_B = pad_B
+        pos_BT, pos_BS = self._positions(tokens_BT, pos_BT, doc_ids_BT, pad_B, cache)
+        context = self._context(pos_BT, pos_BS, doc_ids_BT, mask_BTS, pad_B, cache)
+        x_BTD = self.position.embed(self.embedding(tokens_BT), pos_BT)
+        if self.training and self.config.dropout:
+            x_BTD = F.dropout(x_BTD, self.config.dropout)
+        routing: list[tuple[int, Routing]] = []
+        for layer, block in enumerate(self.blocks):
+            if self.activation_checkpointing and self.training:
+                x_BTD, routed = checkpoint(block, x_BTD, context, use_reentrant=False)
+            else:
+                x_BTD, routed = block(x_BTD, context)
+            if routed is not None:
+                routing.append((layer, routed))
+        self._routing = routing
+        if cache is not None:
+            cache.length += n_tokens
+        return x_BTD if self.final_norm is None else self.final_norm(x_BTD)
+
+    def _positions(
+        self,
+        tokens_BT: Tensor,
+        pos_BT: Tensor | None,
+        doc_ids_BT: Tensor | None,
+        pad_B: Tensor | None,
+        cache: Cache | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Positions of the new tokens and of all keys, ``(B or 1, T)`` and ``(B or 1, S)``."""
+        start = 0 if cache is None else cache.length
+        n_keys, limit = start + tokens_BT.shape[1], self.config.max_seq_len
+        if pad_B is None and n_keys > limit and pos_BT is None:
+            raise ConfigError(f"{n_keys} tokens exceed max_seq_len={limit} of the model")
+        if pos_BT is not None:
+            return pos_BT, pos_BT
+        if doc_ids_BT is not None:
+            pos_BT = document_positions(doc_ids_BT)
+            return pos_BT, pos_BT
+        pos_BS = torch.arange(n_keys, device=tokens_BT.device)[None]
+        if pad_B is not None:  # the clamp serves padding, and rows that ended before others
+            pos_BS = (pos_BS - pad_B[:, None]).clamp(0, limit - 1)
+        return pos_BS[:, start:], pos_BS
+
+    def _context(
+        self,
+        pos_BT: Tensor,
+        pos_BS: Tensor,
+        doc_ids_BT: Tensor | None,
+        mask_BTS: Tensor | None,
+        pad_B: Tensor | None,
+        cache: Cache | None,
+    ) -> AttentionContext:
+        """Masks and biases of this forward; none at all where the causal mask suffices."""
+        n_queries, n_keys = pos_BT.shape[1], pos_BS.shape[1]
+        streaming = isinstance(cache, StreamingCache)
+        window = None if streaming or (self.window and n_keys <= self.window.size) else self.window
+        plain = all(x is None for x in (doc_ids_BT, mask_BTS, pad_B, window))
+        bias = self.position.bias(pos_BT, pos_BS)
+        is_causal = False
+        if plain and bias is None and n_queries == n_keys:
+            is_causal = True
+        elif not (plain and n_queries == 1):
+            visible_BTS = visible_keys(
+                pos_BT,
+                pos_BS,
+                window=window,
+                doc_ids_BT=doc_ids_BT,
+                mask_BTS=mask_BTS,
+                pad_B=pad_B,
+            )
+            mask = additive(visible_BTS, self.compute_dtype())
+            bias = mask if bias is None else bias + mask
+        return AttentionContext(
+            position=self.position,
+            prepared=self.position.prepare(pos_BT),
+            prepared_keys=self.position.prepare(pos_BS) if streaming else None,
+            bias=bias,
+            is_causal=is_causal,
+            cache=cache,
+        )
+
+    def compute_dtype(self) -> torch.dtype:
+        """Dtype of matrix products: autocast's where it is on, else that of the weights."""
+        device = self.embedding.weight.device.type
+        if torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device)
+        return self.embedding.weight.dtype
+
+    def new_cache(self, batch: int, max_len: int) -> KVCache:
+        """An empty cache for ``batch`` rows of at most ``max_len`` tokens, padding included."""
+        return KVCache(
+            self.config.n_layers,
+            batch,
+            self.config.n_kv_heads,
+            max_len,
+            self.config.head_size,
+            dtype=self.compute_dtype(),
+            device=self.embedding.weight.device,
+        )
+
+    def new_streaming_cache(self) -> StreamingCache:
+        """An empty cache for a stream of any length, of any number of rows.
+
+        Raises:
+            ConfigError: the model has no window, its positions are absolute, or sinks and window
+                exceed ``max_seq_len``.
+        """
+        if self.window is None or not self.position.relative:
+            raise ConfigError(
+                f"text beyond max_seq_len={self.config.max_seq_len} needs attention=window and a "
+                f"relative position encoding, not '{self.config.position.name}'"
+            )
+        held = self.window.size + self.window.n_sinks
+        if held > self.config.max_seq_len:
+            raise ConfigError(
+                f"window + n_sinks = {held} exceeds max_seq_len={self.config.max_seq_len}"
+            )
+        return StreamingCache(self.window.size, self.window.n_sinks)
+
+    def set_activation_checkpointing(self, enabled: bool) -> None:
+        """Keep only each block's input for the backward and compute the rest again."""
+        self.activation_checkpointing = enabled
+
+    def aux_loss(self) -> Tensor | None:
+        """Balance loss of the last forward, summed over layers and weighted; None without experts.
+
+        Add it once a forward to the mean loss of its tokens.
+        """
+        if self.config.moe is None:
+            return None
+        losses = [routing.balance_loss() for _, routing in self._routing]
+        return self.config.moe.balance_coef * torch.stack(losses).sum() if losses else None
+
+    def moe_load(self) -> dict[str, Tensor]:
+        """Share of assignments of each expert in the last forward: ``{"layer.3": load_E}``."""
+        return {f"layer.{layer}": routing.load_E.detach() for layer, routing in self._routing}
+
+    def cost(self, seq_len: int) -> Cost:
+        """Parameters, and forward FLOPs per token of a sequence of ``seq_len`` tokens."""
+        table = self.embedding.weight.numel()
+        total = Cost(table, table, table) + self.position.cost(seq_len)
+        for block in self.blocks:
+            total += block.cost(seq_len)  # type: ignore[operator]
+        if self.final_norm is not None:
+            total += self.final_norm.cost(seq_len)  # type: ignore[operator]
+        own = 0 if self.head is None else self.head.weight.numel()
+        flops = 2.0 * table  # the head multiplies by V x D, tied or not
+        return total + Cost(own, own, 0, flops, {"head": flops})

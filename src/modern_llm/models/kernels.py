@@ -1,0 +1,165 @@
+"""Attention kernels: softmax(q k^T / sqrt(H) + bias) v, the same values by different means.
+
+To add one: a class with ``__call__`` and ``flops`` as in `Kernel`, and a name.
+"""
+
+import math
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from modern_llm.registry import Registry
+
+KERNELS = Registry("attention backend")
+
+
+class Kernel(Protocol):
+    """One way to compute attention."""
+
+    def __call__(
+        self,
+        q_BNTH: Tensor,
+        k_BKSH: Tensor,
+        v_BKSH: Tensor,
+        bias: Tensor | None = None,
+        *,
+        is_causal: bool = False,
+        sink_N: Tensor | None = None,
+        dropout: float = 0.0,
+    ) -> Tensor:
+        """Attention output ``(B, N, T, H)``; K divides N.
+
+        Args:
+            q_BNTH: queries.
+            k_BKSH: keys.
+            v_BKSH: values.
+            bias: added to the logits, broadcastable to ``(B, N, T, S)``.
+            is_causal: query t sees keys 0..t; only with T = S and no bias.
+            sink_N: a learned logit a head that joins the softmax's denominator, has no value
+                and is not scaled (gpt-oss, arXiv:2508.10925).
+            dropout: probability with which an attention weight is dropped.
+        """
+
+    def flops(self, n_heads: int, head_size: int, seq_len: int, *, sink: bool) -> float:
+        """Forward FLOPs of one query against ``seq_len`` keys, all heads together."""
+
+
+@KERNELS.register("manual")
+class ManualKernel:
+    """Written out, with logits and softmax in float32; holds all T x S logits in memory."""
+
+    def __call__(
+        self,
+        q_BNTH: Tensor,
+        k_BKSH: Tensor,
+        v_BKSH: Tensor,
+        bias: Tensor | None = None,
+        *,
+        is_causal: bool = False,
+        sink_N: Tensor | None = None,
+        dropout: float = 0.0,
+    ) -> Tensor:
+        """As in `Kernel`."""
+        group = q_BNTH.shape[1] // k_BKSH.shape[1]
+        k_BNSH, v_BNSH = (
+            x.repeat_interleave(group, 1) if group > 1 else x for x in (k_BKSH, v_BKSH)
+        )
+        logit_BNTS = (q_BNTH / math.sqrt(q_BNTH.shape[-1])) @ k_BNSH.transpose(-2, -1)
+        if logit_BNTS.dtype is not torch.float64:
+            logit_BNTS = logit_BNTS.float()
+        if is_causal:
+            future = torch.ones_like(logit_BNTS[0, 0], dtype=torch.bool).triu(1)
+            logit_BNTS = logit_BNTS.masked_fill(future, float("-inf"))
+        if bias is not None:
+            logit_BNTS = logit_BNTS + bias
+        n_keys = logit_BNTS.shape[-1]
+        if sink_N is not None:
+            sink_BNT1 = sink_N.to(logit_BNTS)[:, None, None].expand(*logit_BNTS.shape[:-1], 1)
+            logit_BNTS = torch.cat([logit_BNTS, sink_BNT1], -1)
+        weight_BNTS = logit_BNTS.softmax(-1)[..., :n_keys].to(v_BNSH.dtype)
+        if dropout:
+            weight_BNTS = F.dropout(weight_BNTS, dropout)
+        return weight_BNTS @ v_BNSH
+
+    def flops(self, n_heads: int, head_size: int, seq_len: int, *, sink: bool) -> float:
+        """Two products of S x H a head: logits, and weights times values."""
+        return 4.0 * n_heads * head_size * seq_len
+
+
+@KERNELS.register("sdpa")
+class SDPAKernel:
+    """``torch.nn.functional.scaled_dot_product_attention``: fused kernels where there are some.
+
+    A learned sink becomes one more key, seen by all, whose logit with every query is the sink
+    and whose value is zero: heads grow by a coordinate that holds the sink's logit in queries, 1
+    in that key and 0 in all others. This is exact, has the right gradient for the sink (a mask
+    with a gradient would leave the fused kernels) and works when query heads share keys.
+    """
+
+    sink_width = 8  # heads grow by 8, not 1: fused kernels want multiples of 8
+
+    def __call__(
+        self,
+        q_BNTH: Tensor,
+        k_BKSH: Tensor,
+        v_BKSH: Tensor,
+        bias: Tensor | None = None,
+        *,
+        is_causal: bool = False,
+        sink_N: Tensor | None = None,
+        dropout: float = 0.0,
+    ) -> Tensor:
+        """As in `Kernel`."""
+        head_size = q_BNTH.shape[-1]
+        if sink_N is not None:
+            q_BNTH, k_BKSH, v_BKSH, bias = self._with_sink(
+                q_BNTH, k_BKSH, v_BKSH, bias, is_causal, sink_N
+            )
+        if bias is not None:
+            bias = bias.to(q_BNTH.dtype)
+        out_BNTH = F.scaled_dot_product_attention(
+            q_BNTH,
+            k_BKSH,
+            v_BKSH,
+            attn_mask=bias,
+            dropout_p=dropout,
+            is_causal=is_causal and sink_N is None,
+            scale=1 / math.sqrt(head_size),
+            enable_gqa=q_BNTH.shape[1] != k_BKSH.shape[1],
+        )
+        return out_BNTH[..., :head_size]
+
+    def _with_sink(
+        self,
+        q_BNTH: Tensor,
+        k_BKSH: Tensor,
+        v_BKSH: Tensor,
+        bias: Tensor | None,
+        is_causal: bool,
+        sink_N: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Inputs grown by the sink's coordinate and by the sink as key 0."""
+        n_queries, head_size = q_BNTH.shape[-2:]
+        coordinate_N = (sink_N * math.sqrt(head_size)).to(q_BNTH.dtype)
+        coordinate = coordinate_N[:, None, None].expand(*q_BNTH.shape[:-1], 1)
+        q_BNTH = F.pad(torch.cat([q_BNTH, coordinate], -1), (0, self.sink_width - 1))
+        sink_key = torch.zeros_like(q_BNTH[0, 0, 0])
+        sink_key[head_size] = 1.0
+        k_BKSH = F.pad(k_BKSH, (0, self.sink_width))
+        k_BKSH = torch.cat([sink_key.expand(*k_BKSH.shape[:2], 1, -1), k_BKSH], -2)
+        v_BKSH = F.pad(v_BKSH, (0, self.sink_width, 1, 0))
+        if bias is not None:
+            bias = F.pad(bias, (1, 0))
+        elif is_causal:
+            future = torch.ones(n_queries, n_queries + 1, dtype=torch.bool, device=q_BNTH.device)
+            bias = torch.zeros_like(future, dtype=q_BNTH.dtype)
+            bias = bias.masked_fill(future.triu(2), float("-inf"))
+        return q_BNTH, k_BKSH, v_BKSH, bias
+
+    def flops(self, n_heads: int, head_size: int, seq_len: int, *, sink: bool) -> float:
+        """Two products of S x H a head; a sink adds one key and 8 coordinates."""
+        if sink:
+            return 4.0 * n_heads * (head_size + self.sink_width) * (seq_len + 1)
+        return 4.0 * n_heads * head_size * seq_len
