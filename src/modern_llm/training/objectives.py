@@ -1,0 +1,118 @@
+"""What a stage minimises: sums over units, divided once a step by the Trainer.
+
+A unit is what the mean of a step is taken over: a supervised token, a preference pair, an answer.
+Because an objective returns sums, neither the split into micro-batches nor that over ranks can
+change the gradient.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from modern_llm.data.collate import IGNORE, TokenBatch
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Sums over the units of one micro-batch.
+
+    Attributes:
+        loss_sum: scalar in nats, with its graph.
+        metrics: scalars, summed over units too; shown as means.
+    """
+
+    loss_sum: Tensor
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Objective(Protocol):
+    """Loss of one stage."""
+
+    unit: str  # "token", "pair" or "answer"
+
+    def units(self, batch: Any) -> int:
+        """Units of the batch; may be 0. Called on the CPU, before the batch is moved."""
+
+    def __call__(self, model: nn.Module, batch: Any) -> Terms:
+        """Loss and metrics of one micro-batch, summed over its units."""
+
+
+def token_loss_sum(logits_MV: Tensor, labels_M: Tensor) -> Tensor:
+    """Sum in nats of the cross entropy over labels that are not -100, in float32.
+
+    Args:
+        logits_MV: ``(..., V)`` in any floating dtype.
+        labels_M: ``(...)`` ids; -100 adds nothing, and a batch of only those gives 0, never NaN.
+    """
+    return F.cross_entropy(
+        logits_MV.reshape(-1, logits_MV.shape[-1]).float(),
+        labels_M.reshape(-1),
+        ignore_index=IGNORE,
+        reduction="sum",
+    )
+
+
+class LMObjective:
+    """Next-token cross entropy over the labels of a ``TokenBatch``.
+
+    The balance loss of a mixture of experts is a mean over a micro-batch; it is weighted by the
+    units of that micro-batch, so that its share of the step does not depend on the split.
+
+    Args:
+        gather: compute logits only at supervised positions; pays when few tokens are supervised
+            (SFT). It waits for the device once a micro-batch, so pretraining leaves it off.
+        compile: compile the loss; the model is compiled by the Trainer.
+    """
+
+    unit = "token"
+
+    def __init__(self, *, gather: bool = False, compile: bool = False) -> None:
+        self.gather = gather
+        self._token_loss_sum = torch.compile(token_loss_sum) if compile else token_loss_sum
+
+    def units(self, batch: TokenBatch) -> int:
+        """Supervised tokens of the batch."""
+        return int((batch.labels_BT != IGNORE).sum())
+
+    def __call__(self, model: nn.Module, batch: TokenBatch) -> Terms:
+        """Cross entropy in nats, summed; with experts, their balance and load as metrics."""
+        labels = batch.labels_BT
+        options = {"doc_ids_BT": batch.doc_ids_BT, "pos_BT": batch.pos_BT}
+        if self.gather:
+            at_M = (labels.reshape(-1) != IGNORE).nonzero().squeeze(-1)
+            labels = labels.reshape(-1)[at_M]
+            options["at_M"] = at_M
+        loss_sum = self._token_loss_sum(model(batch.tokens_BT, **options), labels)
+        return with_balance_loss(model, loss_sum, labels)
+
+
+@runtime_checkable
+class HasExperts(Protocol):
+    """A decoder, which may have experts."""
+
+    def aux_loss(self) -> Tensor | None:
+        """Balance loss of the last forward, with its coefficient; ``None`` without experts."""
+
+    def moe_load(self) -> dict[str, Tensor]:
+        """Load of the experts in the last forward."""
+
+
+def with_balance_loss(model: nn.Module, loss_sum: Tensor, labels: Tensor) -> Terms:
+    """Add the experts' balance loss of the last forward, weighted by the supervised tokens.
+
+    Args:
+        model: a decoder; one without experts leaves the loss as it is.
+        loss_sum: scalar in nats.
+        labels: labels of the micro-batch, -100 where there is no loss.
+    """
+    aux = model.aux_loss() if isinstance(model, HasExperts) else None
+    if aux is None or not isinstance(model, HasExperts):
+        return Terms(loss_sum)
+    units = (labels != IGNORE).sum()
+    metrics = {"cross_entropy": loss_sum.detach(), "balance_loss": aux.detach() * units}
+    for name, value in model.moe_load().items():
+        metrics[name] = value.detach() * units
+    return Terms(loss_sum + aux * units, metrics)

@@ -1,0 +1,175 @@
+"""Optimizers behind one object: built from a model and a config, scaled by the schedule's factor.
+
+Weight decay acts on every parameter with two dimensions or more (matrices and embedding tables)
+and on none with fewer (norm gains, biases, learned sinks).
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from modern_llm.config import TrainingConfig
+from modern_llm.errors import CheckpointError
+from modern_llm.registry import Registry
+
+OPTIMIZERS = Registry("optimizer")
+FUSED_DEVICES = ("cpu", "cuda", "mps")
+
+
+class Optimizers:
+    """One or two torch optimizers that step as one.
+
+    Args:
+        parts: optimizers over disjoint parameters, with their peak learning rates set.
+    """
+
+    def __init__(self, *parts: Optimizer) -> None:
+        self.parts: Sequence[Optimizer] = parts
+        for group in self.groups():
+            group["peak_lr"] = group["lr"]
+
+    def groups(self) -> Iterable[dict[str, Any]]:
+        """Parameter groups of all parts."""
+        return (group for part in self.parts for group in part.param_groups)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All parameters, in a fixed order."""
+        return [p for group in self.groups() for p in group["params"]]
+
+    def set_factor(self, factor: float) -> None:
+        """Set every group's learning rate to its peak times ``factor``."""
+        for group in self.groups():
+            group["lr"] = group["peak_lr"] * factor
+
+    def step(self) -> None:
+        """Update the parameters from their gradients."""
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self) -> None:
+        """Drop the gradients."""
+        for part in self.parts:
+            part.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Moments of each part; hyperparameters come from the config, not from here."""
+        return {
+            "parts": [type(part).__name__ for part in self.parts],
+            "states": [part.state_dict()["state"] for part in self.parts],
+            "sizes": [[len(g["params"]) for g in part.param_groups] for part in self.parts],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put back moments; learning rate, decay and the like stay as the config says.
+
+        Raises:
+            CheckpointError: the state is of another optimizer or of other parameters.
+        """
+        own = self.state_dict()
+        if any(state.get(key) != own[key] for key in ("parts", "sizes")):
+            raise CheckpointError(
+                f"the optimizer state is of {state.get('parts')} with {state.get('sizes')} "
+                f"parameters, this run has {own['parts']} with {own['sizes']}; "
+                "use the optimizer that the run began with"
+            )
+        for part, moments in zip(self.parts, state["states"], strict=True):
+            groups = part.state_dict()["param_groups"]
+            part.load_state_dict({"state": moments, "param_groups": groups})
+
+
+def decay_groups(parameters: Iterable[nn.Parameter], decay: float) -> list[dict[str, Any]]:
+    """Two groups: parameters with two dimensions or more decay, the others do not."""
+    trained = [p for p in parameters if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """Trained matrices inside the stack of blocks: no embedding, head, norm or bias.
+
+    A parameter is inside the stack when its path goes through an ``nn.ModuleList``.
+    """
+    matrices: dict[int, nn.Parameter] = {}
+    for stack in (m for m in model.modules() if isinstance(m, nn.ModuleList)):
+        for module in stack.modules():
+            if isinstance(module, nn.Embedding):
+                continue
+            for parameter in module.parameters(recurse=False):
+                if parameter.ndim == 2 and parameter.requires_grad:
+                    matrices[id(parameter)] = parameter
+    return list(matrices.values())
+
+
+@OPTIMIZERS.register("adamw", "adam")
+def adamw(model: nn.Module, config: TrainingConfig) -> Optimizers:
+    """AdamW (Loshchilov & Hutter, arXiv:1711.05101, alg. 2), fused where the device has it."""
+    return Optimizers(_adamw(model.parameters(), config))
+
+
+def _adamw(parameters: Iterable[nn.Parameter], config: TrainingConfig) -> torch.optim.AdamW:
+    groups = decay_groups(parameters, config.weight_decay)
+    devices = {p.device.type for group in groups for p in group["params"]}
+    return torch.optim.AdamW(
+        groups,
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        fused=devices <= set(FUSED_DEVICES),
+    )
+
+
+@OPTIMIZERS.register("muon")
+def muon(
+    model: nn.Module,
+    config: TrainingConfig,
+    *,
+    momentum: float = 0.95,
+    nesterov: bool = True,
+    ns_steps: int = 5,
+    lr_ratio: float = 1.0,
+) -> Optimizers:
+    """Muon for the hidden matrices, AdamW for all else (Liu et al. 2025, arXiv:2502.16982, alg. 2).
+
+    The update of a matrix (A, B) is orthogonalised and scaled by ``0.2 * sqrt(max(A, B))``, the
+    root mean square of AdamW's updates, so that one learning rate and one decay serve both.
+
+    Args:
+        model: its matrices inside the stack of blocks go to Muon; see `hidden_matrices`.
+        config: learning rate, decay, and AdamW's betas and eps.
+        momentum: of the gradient's running mean.
+        nesterov: look one step ahead.
+        ns_steps: Newton-Schulz iterations.
+        lr_ratio: Muon's learning rate over the config's.
+    """
+    hidden = hidden_matrices(model)
+    ids = {id(p) for p in hidden}
+    rest = [p for p in model.parameters() if id(p) not in ids]
+    if not hidden:
+        return Optimizers(_adamw(rest, config))
+    orthogonal = torch.optim.Muon(
+        hidden,
+        lr=config.lr * lr_ratio,
+        weight_decay=config.weight_decay,
+        momentum=momentum,
+        nesterov=nesterov,
+        ns_steps=ns_steps,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    return Optimizers(_adamw(rest, config), orthogonal)
+
+
+def build_optimizers(model: nn.Module, config: TrainingConfig) -> Optimizers:
+    """The optimizer that ``config.optimizer`` names, over the trained parameters of ``model``.
+
+    Raises:
+        ConfigError: unknown optimizer or option.
+    """
+    built = OPTIMIZERS.build(config.optimizer, model, config)
+    assert isinstance(built, Optimizers)
+    return built

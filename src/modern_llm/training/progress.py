@@ -1,0 +1,102 @@
+"""What a run tells while it trains: rows of ``metrics.jsonl`` and a live line on the console."""
+
+from types import TracebackType
+from typing import Any, Self
+
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from modern_llm.runtime.artifacts import JsonLines
+from modern_llm.runtime.environment import environment, utc_now
+from modern_llm.runtime.logs import console, get_logger
+
+log = get_logger(__name__)
+
+
+def describe(row: dict[str, Any]) -> str:
+    """One line of a train row: loss, learning rate, speed, MFU, memory."""
+    share = row["mfu"]
+    return (
+        f"loss {row['loss']:.4f}  lr {row['lr']:.2e}  {row['tokens_per_s']:,.0f} tok/s  "
+        f"{'MFU n/a' if share is None else f'MFU {share:.1%}'}  {row['memory_gb']:.2f} GB"
+    )
+
+
+class RunLog:
+    """Rows to a file, and to the console: a bar on a terminal, else a plain line a row.
+
+    Args:
+        rows: append-only log of the stage.
+        title: name of the stage, before the bar.
+        total_steps: steps of the whole run.
+    """
+
+    def __init__(self, rows: JsonLines, *, title: str, total_steps: int) -> None:
+        self.rows = rows
+        self.title = title
+        self.total_steps = total_steps
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+
+    def __enter__(self) -> Self:
+        if console.is_terminal:
+            self._bar = Progress(
+                TextColumn("[bold]{task.description}"),
+                BarColumn(bar_width=20),
+                TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+                TimeRemainingColumn(compact=True),
+                TextColumn("{task.fields[line]}"),
+                console=console,
+                refresh_per_second=4,
+            )
+            self._task = self._bar.add_task(self.title, total=self.total_steps, line="")
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def start(self, row: dict[str, Any]) -> None:
+        """First row of a start or restart, with what it is computed with."""
+        facts = environment()
+        known = {key: facts[key] for key in ("git_commit", "dirty", "versions", "time")}
+        self.rows.append({"kind": "start", **row, **known})
+
+    def train(self, row: dict[str, Any], *, eta_s: float) -> None:
+        """One train row; ``eta_s`` is the time left in seconds."""
+        self.rows.append({"kind": "train", **row})
+        if self._bar is not None:
+            self._bar.update(self._task, completed=row["step"], line=describe(row))
+        else:
+            place = f"{self.title} {row['step']}/{self.total_steps}"
+            log.info("%s  %s  ETA %s", place, describe(row), _clock(eta_s))
+
+    def evaluation(self, row: dict[str, Any]) -> None:
+        """One row of a validation pass."""
+        self.rows.append({"kind": "eval", **row})
+        facts = "  ".join(f"{k} {v:.4f}" for k, v in row.items() if isinstance(v, float))
+        log.info("%s %d  validation %s", self.title, row["step"], facts)
+
+    def saved(self, row: dict[str, Any]) -> None:
+        """One row of a checkpoint."""
+        self.rows.append({"kind": "save", **row})
+
+    def sample(self, row: dict[str, Any]) -> None:
+        """One row of generated text."""
+        self.rows.append({"kind": "sample", **row})
+
+    def stop(self, row: dict[str, Any]) -> None:
+        """Last row of this process: finished, by signal, or diverged."""
+        self.rows.append({"kind": "stop", **row, "time": utc_now()})
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}"

@@ -1,0 +1,89 @@
+"""Records of a training run: how far it is, one step, the first loss, and what it came to."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from modern_llm.errors import DivergedError
+from modern_llm.runtime.logs import get_logger
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class FirstLoss:
+    """What the loss must be before anything is learned; far off means a broken start.
+
+    Attributes:
+        expected: nats a unit, such as ln V or ln 2.
+        tolerance: largest distance from it.
+        why: where the number comes from, as the user is told.
+        refuse: stop when it is off, instead of warning.
+    """
+
+    expected: float
+    tolerance: float
+    why: str
+    refuse: bool = False
+
+    def check(self, loss: float) -> None:
+        """Log the first loss.
+
+        Raises:
+            DivergedError: it is off and ``refuse`` is set.
+        """
+        told = f"first loss {loss:.4f}, expected {self.expected:.4f} ({self.why})"
+        if abs(loss - self.expected) <= self.tolerance:
+            log.info("%s", told)
+        elif self.refuse:
+            raise DivergedError(f"{told}: off by more than {self.tolerance:g}, the start is broken")
+        else:
+            log.warning("%s: off by more than %g", told, self.tolerance)
+
+
+@dataclass
+class Progress:
+    """How far a run is; saved in every checkpoint."""
+
+    step: int = 0  # finished optimizer steps
+    tokens: int = 0
+    units: int = 0
+    seconds: float = 0.0  # in training steps, all processes of the run together
+    steady_tokens: int = 0  # without each process's first step, which compiles and warms up
+    steady_seconds: float = 0.0
+    loss: float = math.nan  # of the last step
+    best_step: int = -1  # of the validation passes; -1: none yet
+    best_loss: float = math.inf
+    restarts: int = 0
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """One optimizer step: loss and metrics are means over its units."""
+
+    loss: float
+    grad_norm: float
+    lr: float
+    units: int
+    tokens: int
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What a finished run comes to."""
+
+    steps: int
+    tokens: int
+    seconds: float
+    tokens_per_s: float
+    mfu: float | None
+    peak_memory_gb: float
+    final_loss: float
+    best: dict[str, float] | None  # {"step", "loss"} of the best validation pass
+    checkpoint: Path
+    sha256: str
+    restarts: int

@@ -1,0 +1,108 @@
+"""Which checkpoints of a run stand: finding the newest good one, the best one, and pruning."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Set
+from pathlib import Path
+
+from modern_llm.errors import CheckpointError
+from modern_llm.runtime.artifacts import back_up
+from modern_llm.runtime.logs import get_logger
+from modern_llm.training.checkpoint import META, verify_checkpoint
+
+log = get_logger(__name__)
+NAME = re.compile(r"step-(\d{8,})")
+
+
+def checkpoint_path(checkpoints: Path, step: int) -> Path:
+    """Folder of the checkpoint of ``step``."""
+    return checkpoints / f"step-{step:08d}"
+
+
+def step_of(folder: Path) -> int:
+    """Step of a checkpoint folder, by its name."""
+    match = NAME.fullmatch(folder.name)
+    if match is None:
+        raise CheckpointError(f"{folder} is not named step-<number>")
+    return int(match.group(1))
+
+
+def list_checkpoints(checkpoints: Path) -> list[Path]:
+    """Published checkpoints, oldest first; links and staging folders are not among them."""
+    if not checkpoints.is_dir():
+        return []
+    found = [
+        path
+        for path in checkpoints.iterdir()
+        if NAME.fullmatch(path.name) and path.is_dir() and not path.is_symlink()
+    ]
+    return sorted(found, key=step_of)
+
+
+def newest_good(checkpoints: Path) -> Path | None:
+    """The newest checkpoint of which every byte verifies; damaged ones are named aloud."""
+    for folder in reversed(list_checkpoints(checkpoints)):
+        try:
+            verify_checkpoint(folder)
+        except CheckpointError as error:
+            log.warning("passing over a damaged checkpoint: %s", error)
+        else:
+            return folder
+    return None
+
+
+def set_aside_damaged(checkpoints: Path, *, newest: Path | None) -> None:
+    """Rename what is newer than the newest good checkpoint, so that its step can be saved again."""
+    for folder in list_checkpoints(checkpoints):
+        if newest is None or step_of(folder) > step_of(newest):
+            log.warning("set aside as %s", back_up(folder).name)
+
+
+def sweep(checkpoints: Path) -> None:
+    """Remove staging folders that killed processes left; call it with the run folder locked."""
+    for path in checkpoints.glob(".tmp-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def validation_loss(folder: Path) -> float | None:
+    """Validation loss at a checkpoint's step, or ``None`` when there was no evaluation."""
+    try:
+        loss = json.loads((folder / META).read_text())["validation"]["loss"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return None if loss is None else float(loss)
+
+
+def best_checkpoint(checkpoints: Path) -> Path | None:
+    """The checkpoint with the lowest validation loss; the earliest of equals."""
+    losses = [(validation_loss(folder), folder) for folder in list_checkpoints(checkpoints)]
+    rated = [(loss, folder) for loss, folder in losses if loss is not None]
+    return min(rated, key=lambda pair: pair[0])[1] if rated else None
+
+
+def prune(checkpoints: Path, *, keep_last: int, protect: Set[Path] = frozenset()) -> list[Path]:
+    """Remove all but the last ``keep_last`` checkpoints, the best one, and those protected.
+
+    A checkpoint vanishes by one rename first, so a killed process leaves no half of it. What
+    cannot be removed stays, with a warning.
+
+    Returns:
+        The folders that were removed.
+    """
+    folders = list_checkpoints(checkpoints)
+    keep = {*folders[-max(1, keep_last) :], *protect, best_checkpoint(checkpoints)}
+    removed = []
+    for folder in folders:
+        if folder in keep:
+            continue
+        doomed = folder.with_name(f".tmp-prune-{folder.name}-{os.getpid()}")
+        try:
+            folder.rename(doomed)
+            shutil.rmtree(doomed)
+        except OSError as error:
+            log.warning("could not remove %s: %s", folder, error)
+        else:
+            removed.append(folder)
+    return removed

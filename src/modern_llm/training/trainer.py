@@ -1,0 +1,377 @@
+"""One training loop for every stage; a stage brings a model, batches and an objective."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from modern_llm.config import TrainingConfig
+from modern_llm.errors import CheckpointError, DataError, DivergedError, StoppedBySignal
+from modern_llm.runtime.artifacts import JsonLines, back_up, sha256_json
+from modern_llm.runtime.devices import check_precision, memory_gb, resolve_device
+from modern_llm.runtime.logs import get_logger
+from modern_llm.runtime.seeding import derive_seed, rng_state, seed_everything, set_rng_state
+from modern_llm.runtime.signals import StopSignal
+from modern_llm.training.checkpoint import (
+    load_model_weights,
+    model_weights,
+    read_checkpoint,
+    write_checkpoint,
+)
+from modern_llm.training.objectives import Objective
+from modern_llm.training.progress import RunLog
+from modern_llm.training.records import FirstLoss, FitResult, Progress, StepStats
+from modern_llm.training.retention import (
+    checkpoint_path,
+    list_checkpoints,
+    newest_good,
+    prune,
+    set_aside_damaged,
+    sweep,
+)
+from modern_llm.training.throughput import mfu, peak_flops, peak_memory_gb
+from modern_llm.training.update import Update
+
+log = get_logger(__name__)
+
+
+class Loader(Protocol):
+    """Batches as a pure function of the step."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the data and of the order in which it comes."""
+
+    def batches(self, step: int) -> Sequence[Any]:
+        """All micro-batches of optimizer step ``step`` (from 0) of this rank, on the CPU."""
+
+
+class Trainer:
+    """Trains a model on a loader's batches and survives what interrupts it.
+
+    The model trains in the mode it comes in: ``eval()`` it first for a stage without dropout.
+
+    Args:
+        model: fresh, or with the weights of the stage before; moved to the config's device.
+        objective: loss of the stage.
+        loader: batches of each step.
+        config: how to optimise.
+        folder: of the stage; receives ``metrics.jsonl``, ``checkpoints/`` and ``final/``.
+        tokenizer_json: travels with every checkpoint.
+        checkpoint_meta: what every checkpoint says of itself: stage, model config, hashes.
+        evaluate: one fixed pass over held-out data; its ``loss`` ranks checkpoints.
+        sample: generated text to look at, as one row.
+        flops_per_token: forward and backward, for the MFU; ``None``: no MFU.
+        first_loss: what the loss of the very first step must be.
+        resume: go on from the newest good checkpoint; ``False`` refuses a folder that has one.
+        allow_data_change: go on although the data is not what it was.
+
+    Raises:
+        ConfigError: device, precision, optimizer or schedule cannot be had.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        loader: Loader,
+        config: TrainingConfig,
+        *,
+        folder: Path,
+        tokenizer_json: str,
+        checkpoint_meta: Mapping[str, Any],
+        evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None,
+        sample: Callable[[nn.Module], Mapping[str, Any]] | None = None,
+        flops_per_token: float | None = None,
+        first_loss: FirstLoss | None = None,
+        resume: bool = True,
+        allow_data_change: bool = False,
+    ) -> None:
+        self.device = resolve_device(config.device)
+        check_precision(config.precision, self.device)
+        self.model = model.to(self.device)
+        self.objective, self.loader, self.config = objective, loader, config
+        self.folder, self.checkpoints = folder, folder / "checkpoints"
+        self.tokenizer_json, self.checkpoint_meta = tokenizer_json, dict(checkpoint_meta)
+        self.evaluate, self.sample = evaluate, sample
+        self.flops_per_token, self.first_loss = flops_per_token, first_loss
+        self.resume, self.allow_data_change = resume, allow_data_change
+        self.update = Update(self.model, objective, config, device=self.device)
+        self.progress = Progress()
+        self.peak: float | None = None  # FLOP/s of the device
+        self._resumed_from: Path | None = None
+        self._validation: tuple[int, dict[str, float]] | None = None  # step, scores
+        self._last_row = Progress()  # for the speed since the last train row
+        self._steps_here = 0  # of this process
+        if config.compile:
+            self.model.compile()
+
+    def train_step(self, micro_batches: Sequence[Any]) -> StepStats:
+        """One optimizer step on all micro-batches of it; see `Update`.
+
+        Raises:
+            DivergedError: loss or gradient is not finite; nothing was updated.
+            DataError: the step has no unit.
+        """
+        first = self.first_loss if self.progress.step == 0 else None
+        stats = self.update(micro_batches, step=self.progress.step, first_loss=first)
+        self.progress.step += 1
+        self.progress.tokens += stats.tokens
+        self.progress.units += stats.units
+        self.progress.loss = stats.loss
+        return stats
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a restart needs beside the weights, as tensors and plain values."""
+        return {
+            "progress": asdict(self.progress),
+            "update": self.update.state_dict(),
+            "rng": rng_state(),
+            "fingerprint": self.loader.fingerprint,
+            "training": self.config.model_dump(mode="json"),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put back what `state_dict` returned.
+
+        Raises:
+            DataError: the data or its order is not what it was.
+            CheckpointError: the state is of another optimizer.
+        """
+        if state["fingerprint"] != self.loader.fingerprint:
+            told = "the training data or its order changed since this run began"
+            if not self.allow_data_change:
+                raise DataError(
+                    f"{self.folder}: {told}; start a new run, or allow it with --allow-data-change"
+                )
+            log.warning("%s: %s; going on, as asked", self.folder, told)
+        now = self.config.model_dump(mode="json")
+        changed = [key for key in now if now[key] != state["training"].get(key)]
+        if changed:
+            log.warning("going on with another config: training.%s", ", training.".join(changed))
+        self.progress = Progress(**state["progress"])
+        self.update.load_state_dict(state["update"])
+        set_rng_state(state["rng"])
+
+    def _restore(self) -> None:
+        """Start fresh, or go on from the newest good checkpoint."""
+        sweep(self.checkpoints)
+        if not self.resume and list_checkpoints(self.checkpoints):
+            raise CheckpointError(
+                f"{self.checkpoints} has checkpoints; resume from them, or choose another output"
+            )
+        newest = newest_good(self.checkpoints)
+        set_aside_damaged(self.checkpoints, newest=newest)
+        if newest is None:
+            seed_everything(derive_seed(self.config.seed, "training"))
+            return
+        checkpoint = read_checkpoint(newest)
+        load_model_weights(self.model, checkpoint)
+        self.load_state_dict(checkpoint.trainer_state())
+        if self.progress.step < self.config.max_steps:
+            self.progress.restarts += 1
+        self._resumed_from = newest
+        if "validation" in checkpoint.meta:
+            self._validation = (self.progress.step, checkpoint.meta["validation"])
+        log.info("%s: going on from %s", self.folder.name, newest.name)
+
+    def _write(self, target: Path, *, with_state: bool) -> str:
+        meta = {
+            **self.checkpoint_meta,
+            "step": self.progress.step,
+            "data_fingerprint": self.loader.fingerprint,
+        }
+        if self._validation is not None and self._validation[0] == self.progress.step:
+            meta["validation"] = self._validation[1]
+        return write_checkpoint(
+            target,
+            weights=model_weights(self.model),
+            meta=meta,
+            tokenizer_json=self.tokenizer_json,
+            trainer_state=self.state_dict() if with_state else None,
+        )
+
+    def _save(self) -> None:
+        """Publish a checkpoint of this step, unless it stands, and prune the old ones."""
+        target = checkpoint_path(self.checkpoints, self.progress.step)
+        if target.exists():
+            return
+        begin = time.perf_counter()
+        digest = self._write(target, with_state=True)
+        seconds = time.perf_counter() - begin
+        row = {"step": self.progress.step, "name": target.name, "sha256": digest}
+        self.run_log.saved({**row, "seconds": round(seconds, 3)})
+        protect = {target} if self._resumed_from is None else {target, self._resumed_from}
+        prune(self.checkpoints, keep_last=self.config.keep_last, protect=protect)
+
+    def _last_good(self) -> str:
+        """The newest checkpoint that verifies, as told to a user."""
+        newest = newest_good(self.checkpoints)
+        return "there is no checkpoint yet" if newest is None else f"last good checkpoint: {newest}"
+
+    def fit(self) -> FitResult:
+        """Train up to ``max_steps``, or from the newest checkpoint on; publish ``final/``.
+
+        Raises:
+            DivergedError: loss, gradient or weights are not finite; names the last checkpoint.
+            StoppedBySignal: a signal came; the step was finished and saved.
+            CheckpointError: the folder's checkpoints are of another model.
+            DataError: the data changed since the run began, or a step has nothing to learn.
+            ProtectedPathError: a checkpoint cannot be written; the last good one stands.
+        """
+        rows = JsonLines(self.folder / "metrics.jsonl")
+        total = self.config.max_steps
+        self._restore()
+        self._last_row = replace(self.progress)
+        if self.flops_per_token is not None:
+            self.peak = peak_flops(self.device, self.config.precision)
+        with RunLog(rows, title=self.folder.name, total_steps=total) as self.run_log:
+            self._tell_start()
+            try:
+                with StopSignal() as stop:
+                    self._loop(stop)
+            except DivergedError as error:
+                self._tell_stop("diverged")
+                raise DivergedError(
+                    f"{error}; {self._last_good()}; lower training.lr, or look at the data"
+                ) from None
+            result = self._publish()
+            self._tell_stop("finished")
+        return result
+
+    def _loop(self, stop: StopSignal) -> None:
+        if self.progress.step == 0:
+            self._evaluate()
+        while self.progress.step < self.config.max_steps:
+            begin = time.perf_counter()
+            stats = self.train_step(self.loader.batches(self.progress.step))
+            self._count(time.perf_counter() - begin, stats.tokens)
+            if self._due(self.config.log_every, at_start=True):
+                self._tell_step(stats)
+            if self._due(self.config.eval_every):
+                self._evaluate()
+            if self._due(self.config.sample_every):
+                self._sample()
+            if self._due(self.config.save_every):
+                self._save()
+            if stop.requested and self.progress.step < self.config.max_steps:
+                self._save()
+                self._tell_stop(f"signal:{stop.requested}")
+                raise StoppedBySignal(
+                    f"{self.folder.name}: {stop.requested} after step {self.progress.step}; "
+                    "saved, the same command goes on from there"
+                )
+
+    def _due(self, every: int, *, at_start: bool = False) -> bool:
+        """Whether a hook runs after this step: every so many steps, and at the end."""
+        step = self.progress.step
+        if step == self.config.max_steps or (at_start and step == 1):
+            return True
+        return every > 0 and step % every == 0
+
+    def _count(self, seconds: float, tokens: int) -> None:
+        self.progress.seconds += seconds
+        if self._steps_here > 0:
+            self.progress.steady_seconds += seconds
+            self.progress.steady_tokens += tokens
+        self._steps_here += 1
+
+    def _aside(self, call: Callable[[nn.Module], Mapping[str, Any]]) -> dict[str, Any]:
+        """Call with the model in eval mode; mode and random state are put back."""
+        training, state = self.model.training, rng_state()
+        self.model.eval()
+        try:
+            # A compiled model runs what is compiled already, and compiles nothing for a hook.
+            with torch.no_grad(), torch.compiler.set_stance("eager_on_recompile"):
+                return dict(call(self.model))
+        finally:
+            self.model.train(training)
+            set_rng_state(state)
+
+    def _evaluate(self) -> None:
+        if self.evaluate is None:
+            return
+        scores = self._aside(self.evaluate)
+        step, loss = self.progress.step, scores["loss"]
+        self._validation = (step, scores)
+        if loss < self.progress.best_loss:
+            self.progress.best_step, self.progress.best_loss = step, loss
+        self.run_log.evaluation({"step": step, **scores})
+
+    def _sample(self) -> None:
+        if self.sample is not None and self.config.sample_every > 0:
+            self.run_log.sample({"step": self.progress.step, **self._aside(self.sample)})
+
+    def _publish(self) -> FitResult:
+        """Write ``final/`` (weights alone), unless it stands."""
+        p, final = self.progress, self.folder / "final"
+        digest = None
+        if final.exists():
+            try:
+                standing = read_checkpoint(final)
+                digest = standing.sha256 if standing.meta.get("step") == p.step else None
+            except CheckpointError as error:
+                log.warning("%s", error)
+            if digest is None:
+                log.warning("%s is of another step or damaged: moved to %s", final, back_up(final))
+        if digest is None:
+            digest = self._write(final, with_state=False)
+        speed = p.steady_tokens / p.steady_seconds if p.steady_seconds else 0.0
+        best = {"step": p.best_step, "loss": p.best_loss} if p.best_step >= 0 else None
+        return FitResult(
+            steps=p.step,
+            tokens=p.tokens,
+            seconds=p.seconds,
+            tokens_per_s=speed,
+            mfu=mfu(speed, self.flops_per_token, self.peak),
+            peak_memory_gb=peak_memory_gb(self.device),
+            final_loss=p.loss,
+            best=best,
+            checkpoint=final,
+            sha256=digest,
+            restarts=p.restarts,
+        )
+
+    def _tell_start(self) -> None:
+        resumed = None if self._resumed_from is None else self._resumed_from.name
+        self.run_log.start(
+            {
+                "step": self.progress.step,
+                "seed": self.config.seed,
+                "config_sha256": sha256_json(self.config.model_dump(mode="json")),
+                "data_fingerprint": self.loader.fingerprint,
+                "resumed_from": resumed,
+                "unit": self.objective.unit,
+                "device": str(self.device),
+                "peak_flops": self.peak,
+            }
+        )
+
+    def _tell_step(self, stats: StepStats) -> None:
+        p, last = self.progress, self._last_row
+        seconds = p.seconds - last.seconds
+        speed = (p.tokens - last.tokens) / seconds
+        row: dict[str, Any] = {
+            "step": p.step,
+            "loss": stats.loss,
+            "lr": stats.lr,
+            "grad_norm": stats.grad_norm,
+            "tokens": p.tokens,
+            "units": p.units,
+            "tokens_per_s": round(speed, 1),
+            "mfu": mfu(speed, self.flops_per_token, self.peak),
+            "memory_gb": round(memory_gb(self.device), 3),
+            "time_s": round(p.seconds, 3),
+        }
+        row |= {name: value.tolist() for name, value in stats.metrics.items()}
+        eta_s = (self.config.max_steps - p.step) * seconds / (p.step - last.step)
+        self._last_row = replace(p)
+        self.run_log.train(row, eta_s=eta_s)
+
+    def _tell_stop(self, status: str) -> None:
+        p = self.progress
+        self.run_log.stop({"step": p.step, "tokens": p.tokens, "status": status})

@@ -1,0 +1,130 @@
+"""One optimizer step: micro-batches, one division, one clipping, one update."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modern_llm.config import TrainingConfig
+from modern_llm.errors import DataError, DivergedError
+from modern_llm.runtime.devices import autocast
+from modern_llm.training.objectives import Objective, Terms
+from modern_llm.training.optim import build_optimizers
+from modern_llm.training.records import FirstLoss, StepStats
+from modern_llm.training.schedule import Schedule
+
+MIN_FP16_SCALE = 2.0**-6  # a gradient that overflows at this scale is not finite at all
+
+
+class Update:
+    """Moves a model's weights by one optimizer step at a time.
+
+    The loss is one mean over every unit of the step, so that the split into micro-batches cannot
+    change the gradient. The gradient is clipped once, after unscaling. The weights are touched
+    only when loss and gradient are finite.
+
+    Args:
+        model: on ``device`` already.
+        objective: loss of the stage.
+        config: optimizer, schedule, clipping and precision.
+        device: where to compute.
+
+    Raises:
+        ConfigError: unknown optimizer, schedule or option.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        config: TrainingConfig,
+        *,
+        device: torch.device,
+    ) -> None:
+        self.model, self.objective, self.config, self.device = model, objective, config, device
+        self.optimizers = build_optimizers(model, config)
+        self.schedule = Schedule(config)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+        self._parameters = self.optimizers.parameters()
+
+    def all_sum(self, value: int) -> int:
+        """Sum of a count over all ranks. One process is all there is: the value itself."""
+        return value
+
+    def __call__(
+        self, micro_batches: Sequence[Any], *, step: int, first_loss: FirstLoss | None = None
+    ) -> StepStats:
+        """Do the update that follows ``step`` finished ones.
+
+        Args:
+            micro_batches: all of the step, on the CPU.
+            step: finished optimizer steps.
+            first_loss: what the loss must be before this update.
+
+        Raises:
+            DivergedError: loss or gradient is not finite, or the first loss is refused.
+            DataError: the step has no unit.
+        """
+        units = self.all_sum(sum(self.objective.units(batch) for batch in micro_batches))
+        tokens = self.all_sum(sum(batch.n_tokens for batch in micro_batches))
+        if units == 0:
+            raise DataError(f"step {step + 1} has no {self.objective.unit} to learn from")
+        sums = self._backward(micro_batches, units)
+        for part in self.optimizers.parts:
+            self.scaler.unscale_(part)
+        norm = nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+        loss, grad_norm = float(sums.loss_sum) / units, float(norm)  # the one wait of a step
+        self._check_finite(loss, grad_norm, step=step, micro_batches=micro_batches)
+        if first_loss is not None:
+            first_loss.check(loss)
+        if self.config.max_grad_norm < grad_norm < math.inf:
+            nn.utils.clip_grads_with_norm_(self._parameters, self.config.max_grad_norm, norm)
+        factor = self.schedule.factor(step)
+        self.optimizers.set_factor(factor)
+        for part in self.optimizers.parts:
+            self.scaler.step(part)
+        self.scaler.update()
+        self.optimizers.zero_grad()
+        means = {name: value / units for name, value in sums.metrics.items()}
+        return StepStats(loss, grad_norm, self.config.lr * factor, units, tokens, means)
+
+    def _backward(self, micro_batches: Sequence[Any], units: int) -> Terms:
+        """Accumulate the gradient of the mean; returns the sums, without their graph."""
+        loss_sum = torch.zeros((), device=self.device)
+        metrics: dict[str, Tensor] = {}
+        for batch in micro_batches:
+            with autocast(self.device, self.config.precision):
+                terms = self.objective(self.model, batch.to(self.device))
+            torch.autograd.backward(self.scaler.scale(terms.loss_sum / units))
+            loss_sum += terms.loss_sum.detach()
+            for name, value in terms.metrics.items():
+                metrics[name] = metrics[name] + value if name in metrics else value
+        return Terms(loss_sum, metrics)
+
+    def _check_finite(
+        self, loss: float, grad_norm: float, *, step: int, micro_batches: Sequence[Any]
+    ) -> None:
+        """Raise before the update; an overflow that the fp16 scaler answers is none."""
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            return
+        scaler_answers = self.scaler.is_enabled() and self.scaler.get_scale() > MIN_FP16_SCALE
+        if scaler_answers and math.isfinite(loss):
+            return
+        rows = [i for b in micro_batches if hasattr(b, "index_B") for i in b.index_B.tolist()]
+        named = f" (data rows {rows})" if rows else ""
+        raise DivergedError(f"step {step + 1}{named}: loss={loss:.4g}, grad_norm={grad_norm:.4g}")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Moments of the optimizer and the fp16 scale."""
+        return {"optimizer": self.optimizers.state_dict(), "scaler": self.scaler.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put back what `state_dict` returned.
+
+        Raises:
+            CheckpointError: it is of another optimizer.
+        """
+        self.optimizers.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
