@@ -13,8 +13,8 @@ from modern_llm.errors import ConfigError
 
 NAMES = ("Tom", "Anna", "Ben", "Mia", "Sam", "Lily", "Max", "Ella", "Leo", "Ruth", "Jack", "Nora")
 THINGS = ("apples", "shells", "coins", "cards", "books", "stones", "cups", "pears", "toys", "pens")
-GAINS = (("finds", "found"), ("buys", "bought"), ("gets", "got"), ("wins", "won"))
-LOSSES = (("loses", "lost"), ("sells", "sold"), ("gives away", "gave away"), ("drops", "dropped"))
+GAINS = ("finds", "buys", "gets", "wins")
+LOSSES = ("loses", "sells", "gives away", "drops")
 HELD_OUT = {"test": 10, "validation": 10}  # percent of all problems
 
 
@@ -102,9 +102,9 @@ def draw_problem(rng: random.Random, level: Level) -> Problem:
         if sign == "*":
             sentences.append(f"Then {name} has {operand} times as many.")
         elif sign == "+":
-            sentences.append(f"{name} {pick(rng, GAINS)[0]} {operand} more.")
+            sentences.append(f"{name} {pick(rng, GAINS)} {operand} more.")
         else:
-            sentences.append(f"{name} {pick(rng, LOSSES)[0]} {operand}.")
+            sentences.append(f"{name} {pick(rng, LOSSES)} {operand}.")
         work.append(f"{value} {sign} {operand} = {result}.")
         key += f"{sign}{operand}"
         value = result

@@ -43,6 +43,8 @@ def story(rng: random.Random) -> str:
         f"{friend} said that the {thing} were {pick(rng, ADJECTIVES)}.",
         f"They put the {thing} on the table and counted them.",
         f"Then {name} walked home from the {place}.",
+        f"{name} does not have many {thing} now.",
+        f"How {pick(rng, ADJECTIVES)} the {thing} are!",
     ]
     shuffle(rng, middle)
     opening = f"One day {name} went to the {place}."
@@ -59,17 +61,17 @@ def fact(rng: random.Random, level: Level) -> str:
     in_prose = {
         "+": (
             f"{value} plus {operand} is {result}.",
-            f"{name} had {value} {things} and {pick(rng, GAINS)[1]} {operand} more, "
+            f"{name} has {value} {things} and {pick(rng, GAINS)} {operand} more, "
             f"so {value} + {operand} = {result}.",
         ),
         "-": (
             f"{value} minus {operand} is {result}.",
-            f"{name} had {value} {things} and {pick(rng, LOSSES)[1]} {operand}, "
+            f"{name} has {value} {things} and {pick(rng, LOSSES)} {operand}, "
             f"so {value} - {operand} = {result}.",
         ),
         "*": (
             f"{value} times {operand} is {result}.",
-            f"{name} had {value} {things} and now has {operand} times as many, "
+            f"{name} has {value} {things} and then has {operand} times as many, "
             f"so {value} * {operand} = {result}.",
         ),
     }

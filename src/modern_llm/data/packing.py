@@ -1,0 +1,159 @@
+"""Rows of a fixed length: consecutive blocks of text, and examples packed side by side."""
+
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from modern_llm.data.collate import IGNORE
+from modern_llm.data.order import Ints, permuted
+from modern_llm.data.store import TokenStore
+from modern_llm.errors import ConfigError, DataError
+
+Arrays = tuple[Ints, Ints, Ints, Ints]  # tokens, labels, document ids, positions; each (rows, T)
+
+
+class Rows(Protocol):
+    """Rows of one length, addressed by number."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, rows: Ints) -> Arrays:
+        """The rows' tokens, labels, document ids (-1 padding) and positions, ``(rows, T)``."""
+
+
+class TextRows:
+    """A text store cut into blocks of ``seq_len`` tokens, each with the next token as label.
+
+    Args:
+        store: segment "text".
+        seq_len: T.
+        doc_mask: number the documents of a block, and leave out labels across their borders;
+            else a block is one stretch of text.
+        tail: add the last, shorter block, padded; every token but the store's first is then a
+            label once (with ``doc_mask``: but each document's first).
+    """
+
+    def __init__(self, store: TokenStore, seq_len: int, *, doc_mask: bool, tail: bool) -> None:
+        self.store, self.seq_len, self.doc_mask = store, seq_len, doc_mask
+        n = store.n_tokens - 1
+        self.n = -(-n // seq_len) if tail else n // seq_len
+        if self.n < 1:
+            raise DataError(
+                f"{n + 1} tokens do not fill one block of seq_len={seq_len}: "
+                "use more text or a shorter seq_len"
+            )
+
+    def __len__(self) -> int:
+        return self.n
+
+    def read(self, rows: Ints) -> Arrays:
+        """See `Rows`."""
+        store, width = self.store, self.seq_len
+        at = rows[:, None] * width + np.arange(width + 1)
+        real = at < store.n_tokens
+        stream = np.where(real, store.tokens[np.minimum(at, store.n_tokens - 1)], store.pad_id)
+        stream = stream.astype(np.int64)
+        learned = real[:, 1:]
+        if self.doc_mask:
+            docs, pos = self._documents(at)
+            learned = learned & (docs[:, 1:] == docs[:, :-1])
+            docs = docs - docs[:, :1]
+        else:
+            docs, pos = np.zeros_like(at), np.broadcast_to(np.arange(width + 1), at.shape)
+        docs = np.where(real, docs, -1)
+        labels = np.where(learned, stream[:, 1:], IGNORE)
+        return stream[:, :-1], labels, docs[:, :-1], pos[:, :-1]
+
+    def _documents(self, at: Ints) -> tuple[Ints, Ints]:
+        """Document of each token of the store, and the token's position in it within the row."""
+        docs = np.empty_like(at)
+        begins = np.empty_like(at)
+        starts = self.store.offsets[:, 0]
+        for row, positions in enumerate(at):
+            first = int(np.searchsorted(starts, positions[0], "right")) - 1
+            last = int(np.searchsorted(starts, positions[-1], "right"))
+            near = np.asarray(starts[first:last])
+            local = np.searchsorted(near, positions, "right") - 1
+            docs[row] = local + first
+            begins[row] = near[local]
+        return docs, at - np.maximum(begins, at[:, :1])
+
+
+class PackedRows:
+    """Prompt-and-answer examples packed into rows of ``seq_len``, each its own document.
+
+    Best fit in an order fixed by ``seed``; the answer (with ``<|eos|>``) is learned, the prompt is
+    not.
+
+    Args:
+        store: segments "prompt" and "answer".
+        seq_len: T; no example may be longer.
+        seed: decides which examples share a row.
+    """
+
+    def __init__(self, store: TokenStore, seq_len: int, *, seed: int) -> None:
+        self.store, self.seq_len = store, seq_len
+        lengths = np.asarray(store.offsets[:, -1] - store.offsets[:, 0])
+        if lengths.max() > seq_len:
+            raise ConfigError(
+                f"an example has {lengths.max()} tokens, more than seq_len={seq_len}; "
+                "prepare the data with max_tokens of seq_len at most"
+            )
+        self.examples, self.starts = pack(lengths, seq_len, seed)
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def read(self, rows: Ints) -> Arrays:
+        """See `Rows`."""
+        shape = (len(rows), self.seq_len)
+        tokens = np.full(shape, self.store.pad_id, dtype=np.int64)
+        labels = np.full(shape, IGNORE, dtype=np.int64)
+        docs = np.full(shape, -1, dtype=np.int64)
+        pos = np.zeros(shape, dtype=np.int64)
+        for r, row in enumerate(rows):
+            at = 0
+            for doc, example in enumerate(self.examples[self.starts[row] : self.starts[row + 1]]):
+                begin, middle, end = self.store.offsets[example]
+                ids = self.store.tokens[begin:end]
+                after = at + len(ids)
+                tokens[r, at:after] = ids
+                labels[r, at + middle - begin - 1 : after - 1] = ids[middle - begin :]
+                docs[r, at:after] = doc
+                pos[r, at:after] = np.arange(len(ids))
+                at = after
+        return tokens, labels, docs, pos
+
+
+def pack(lengths: NDArray[np.int64], width: int, seed: int) -> tuple[Ints, Ints]:
+    """Best-fit packing of examples into rows of ``width`` tokens.
+
+    Args:
+        lengths: tokens of each example, at most ``width``.
+        width: tokens of a row.
+        seed: decides the order in which examples are placed.
+
+    Returns:
+        Examples in row order, and where each row begins among them (one more entry than rows).
+    """
+    order = permuted(np.arange(len(lengths)), len(lengths), seed)
+    rows: list[list[int]] = []
+    open_rows: list[list[int]] = [[] for _ in range(width + 1)]  # by room left
+    rooms = 0  # bit i: some row has room i
+    for example, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
+        fitting = rooms >> length << length
+        if fitting:
+            room = (fitting & -fitting).bit_length() - 1  # the tightest fit
+            row = open_rows[room].pop()
+            if not open_rows[room]:
+                rooms &= ~(1 << room)
+        else:
+            room, row = width, len(rows)
+            rows.append([])
+        rows[row].append(example)
+        if left := room - length:
+            open_rows[left].append(row)
+            rooms |= 1 << left
+    starts = np.cumsum([0, *map(len, rows)], dtype=np.int64)
+    return np.array([e for row in rows for e in row], dtype=np.int64), starts
