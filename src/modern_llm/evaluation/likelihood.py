@@ -1,16 +1,20 @@
 """Log-likelihoods of token spans under a causal model, batched, summed in float64."""
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modern_llm.data.templates import truncate_prompt
+from modern_llm.evaluation.intervals import Floats, bootstrap
+from modern_llm.evaluation.scores import NotEvaluated, Result, Score
 from modern_llm.runtime.devices import autocast
 
 _BUFFERED_BATCHES = 16  # spans are sorted by length within this many batches: less padding
@@ -127,3 +131,35 @@ def answer_nats(
             yield Span(truncate_prompt(list(prompt), room) + kept, len(kept))
 
     yield from span_nats(model, spans(), compute)
+
+
+def answer_bits_per_byte(
+    model: nn.Module,
+    rows: Sequence[tuple[Sequence[int], Sequence[int]]],
+    n_bytes: Sequence[int],
+    compute: Compute,
+    *,
+    key: str,
+    max_tokens: int,
+) -> Result:
+    """Bits per byte of given answers: their negative log-likelihood over their UTF-8 bytes.
+
+    Args:
+        model: as in `span_nats`.
+        rows: ``(prompt, answer)`` as token ids; EOS belongs to an answer when it is to be scored.
+        n_bytes: bytes of each answer's text, EOS not counted.
+        compute: device, batch size, precision.
+        key: of the result.
+        max_tokens: longest input of the model.
+    """
+    if not sum(n_bytes):
+        return NotEvaluated(f"{key} bits_per_byte", "there are no answers")
+    nats = list(answer_nats(model, rows, compute, max_tokens=max_tokens))
+    columns = np.stack([nats, np.asarray(n_bytes, dtype=np.float64)], axis=1)
+
+    def bits(sums: Floats) -> Floats:
+        return np.asarray(sums[:, 0] / sums[:, 1] / math.log(2), dtype=np.float64)
+
+    value = float(bits(columns.sum(axis=0, keepdims=True))[0])
+    note = "answers given their prompts; bootstrap over answers"
+    return Score(key, "bits_per_byte", value, bootstrap(columns, bits), len(nats), note)

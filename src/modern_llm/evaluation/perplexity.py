@@ -24,14 +24,32 @@ UNKNOWN_WORD = "<unk>"
 
 
 @dataclass
-class _Tally:
-    """Sums of one document."""
+class Tally:
+    """Sums of one document.
 
+    Attributes:
+        index: number of the document among the texts, from 0.
+        nats: negative log-likelihood of its scored tokens.
+        tokens: scored tokens.
+        words: pieces between white space, as lm-evaluation-harness counts them.
+        bytes: UTF-8 bytes.
+    """
+
+    index: int
     nats: float = 0.0
     tokens: int = 0
     words: int = 0
     bytes: int = 0
-    windows: list[tuple[float, int]] = field(default_factory=list)  # (nats, tokens); first document
+
+
+@dataclass
+class TextTallies:
+    """Sums of all documents, and of each window of the first."""
+
+    key: str
+    documents: list[Tally] = field(default_factory=list)
+    first_windows: list[tuple[float, int]] = field(default_factory=list)  # (nats, tokens)
+    note: str = ""
 
 
 def windows(tokens: Sequence[int], *, context: int, stride: int) -> Iterator[Span]:
@@ -84,59 +102,83 @@ def perplexity(
         ConfigError: ``stride`` is not in 1..context.
         DataError: no token to score.
     """
+    return scores_of(
+        tally_texts(
+            model,
+            tokenizer,
+            texts,
+            key=key,
+            context=context,
+            stride=stride,
+            compute=compute,
+            detokenize=detokenize,
+        )
+    )
+
+
+def tally_texts(
+    model: nn.Module,
+    tokenizer: TextTokenizer,
+    texts: Iterable[str],
+    *,
+    key: str,
+    context: int,
+    stride: int | None = None,
+    compute: Compute | None = None,
+    detokenize: Callable[[str], str] | None = None,
+) -> TextTallies:
+    """The sums behind `perplexity`, which has the arguments."""
     stride = context if stride is None else stride
     if not 1 <= stride <= context:
         raise ConfigError(f"perplexity: stride={stride} must be from 1 to context={context}")
-    tallies: list[_Tally] = []
+    start = "nobos" if tokenizer.bos_id is None else "bos"
+    protocol = f"lm-eval/ctx{context}" if detokenize else f"ctx{context}/stride{stride}"
+    result = TextTallies(f"{key}/{protocol}/{start}")
+    documents = result.documents
     pending: deque[tuple[int, int]] = deque()  # (document, scored tokens) of spans under way
-    seen_unknown = False
 
     def spans() -> Iterator[Span]:
-        nonlocal seen_unknown
-        for text in texts:
-            scored = detokenize(text) if detokenize else text
-            ids = tokenizer.encode(scored)
+        for index, text in enumerate(texts):
+            ids = tokenizer.encode(detokenize(text) if detokenize else text)
             tokens = ids if tokenizer.bos_id is None else [tokenizer.bos_id, *ids]
             if len(tokens) < 2:
                 continue
-            seen_unknown = seen_unknown or UNKNOWN_WORD in text
-            tallies.append(_Tally(words=count_words(text), bytes=len(text.encode())))
+            if UNKNOWN_WORD in text:
+                result.note = f"text has {UNKNOWN_WORD}"
+            documents.append(Tally(index, words=count_words(text), bytes=len(text.encode())))
             for span in windows(tokens, context=context, stride=stride):
-                pending.append((len(tallies) - 1, span.n_scored))
+                pending.append((len(documents) - 1, span.n_scored))
                 yield span
 
     for nats in span_nats(model, spans(), compute or Compute()):
-        document, n_scored = pending.popleft()
-        tally = tallies[document]
-        tally.nats += nats
-        tally.tokens += n_scored
-        if document == 0:
-            tally.windows.append((nats, n_scored))
-    if not tallies:
+        at, n_scored = pending.popleft()
+        documents[at].nats += nats
+        documents[at].tokens += n_scored
+        if at == 0:
+            result.first_windows.append((nats, n_scored))
+    if not documents:
         raise DataError(f"{key}: no text to score")
-    start = "nobos" if tokenizer.bos_id is None else "bos"
-    protocol = f"ctx{context}/{start}" if detokenize else f"ctx{context}/stride{stride}/{start}"
-    full_key = f"{key}/lm-eval/{protocol}" if detokenize else f"{key}/{protocol}"
-    return _scores(full_key, tallies, note="text has <unk>" if seen_unknown else "")
+    return result
 
 
-def _scores(key: str, tallies: list[_Tally], *, note: str) -> list[Score]:
+def scores_of(result: TextTallies) -> list[Score]:
     """The three scores, with a bootstrap over documents, or over windows of a single one."""
+    tallies, first_windows = result.documents, result.first_windows
     totals = {
         "nats": math.fsum(t.nats for t in tallies),
         **{unit: sum(getattr(t, unit) for t in tallies) for unit in ("tokens", "words", "bytes")},
     }
     single = len(tallies) == 1
     if single:
-        how = f"1 document; interval: bootstrap over its {len(tallies[0].windows)} windows"
+        how = f"1 document; interval: bootstrap over its {len(first_windows)} windows"
     else:
         how = f"{len(tallies)} documents; interval: bootstrap over documents"
-    how = "; ".join(part for part in (how, note) if part)
+    how = "; ".join(part for part in (how, result.note) if part)
 
     def interval(unit: str, finish: Callable[[Floats], Floats]) -> Interval | None:
         if single:  # a window has no words or bytes of its own: share the document's
             per_token = totals[unit] / totals["tokens"]
-            columns = np.array([(nats, n * per_token) for nats, n in tallies[0].windows])
+            columns = np.array([(nats, n * per_token) for nats, n in first_windows])
         else:
             columns = np.array([(t.nats, getattr(t, unit)) for t in tallies])
         return bootstrap(columns, lambda sums: finish(sums[:, 0] / sums[:, 1]))
@@ -151,7 +193,7 @@ def _scores(key: str, tallies: list[_Tally], *, note: str) -> list[Score]:
         with np.errstate(over="ignore"):  # a perplexity past 1e308 is inf
             value = float(finish(np.array([totals["nats"] / totals[unit]]))[0])
             ci95 = interval(unit, finish)
-        results.append(Score(key, metric, value, ci95, int(totals[unit]), how))
+        results.append(Score(result.key, metric, value, ci95, int(totals[unit]), how))
     return results
 
 
