@@ -163,6 +163,7 @@ def _width(lengths: NDArray[np.int64]) -> int:
 
 def _gather(store: TokenStore, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], ...]:
     """Padded tokens ``(B, T)``, positions in the row ``(1, T)`` and segment ends ``(B, k)``."""
+    store.note_reads(len(rows))
     bounds = np.asarray(store.offsets[rows])
     ends = bounds[:, 1:] - bounds[:, :1]
     t = np.arange(_width(ends[:, -1]))[None, :]

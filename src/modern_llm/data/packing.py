@@ -50,6 +50,7 @@ class TextRows:
     def read(self, rows: Ints) -> Arrays:
         """See `Rows`."""
         store, width = self.store, self.seq_len
+        store.note_reads(len(rows))
         at = rows[:, None] * width + np.arange(width + 1)
         real = at < store.n_tokens
         stream = np.where(real, store.tokens[np.minimum(at, store.n_tokens - 1)], store.pad_id)
@@ -108,6 +109,7 @@ class PackedRows:
     def read(self, rows: Ints) -> Arrays:
         """See `Rows`."""
         shape = (len(rows), self.seq_len)
+        self.store.note_reads(len(rows))
         tokens = np.full(shape, self.store.pad_id, dtype=np.int64)
         labels = np.full(shape, IGNORE, dtype=np.int64)
         docs = np.full(shape, -1, dtype=np.int64)

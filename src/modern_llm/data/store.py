@@ -8,6 +8,7 @@ leaves nothing visible, and of two processes that build the same one the second 
 import hashlib
 import itertools
 import json
+import mmap
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +23,8 @@ from modern_llm.runtime.artifacts import published_folder, sha256_json, write_js
 from modern_llm.runtime.logs import get_logger
 
 FORMAT = 1
-FLUSH_RECORDS = 1024
+FLUSH_RECORDS, FLUSH_TOKENS = 1024, 1 << 18  # written at once while building
+RELEASE_READS = 1024  # records read between two releases of mapped memory
 TOKENS, OFFSETS, MANIFEST = "tokens.bin", "offsets.bin", "manifest.json"
 
 log = get_logger(__name__)
@@ -49,6 +51,7 @@ class TokenStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._reads = 0
         manifest = _read_manifest(folder)
         self.segments: tuple[str, ...] = tuple(manifest["segments"])
         self.pad_id: int = manifest["pad_id"]
@@ -75,6 +78,18 @@ class TokenStore:
         """The segments of record ``i``."""
         ends = self.offsets[i]
         return tuple(self.tokens[a:b] for a, b in itertools.pairwise(ends))
+
+    def note_reads(self, n: int) -> None:
+        """Count ``n`` scattered reads; now and then give the mapped pages back.
+
+        Pages of a mapped file count as this process's memory once they were touched. They stay in
+        the system's cache, so reading them again is cheap.
+        """
+        self._reads += n
+        if self._reads >= RELEASE_READS:
+            self._reads = 0
+            for array in (self.tokens, self.offsets):
+                array._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
 
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of each segment, ``(n, k)``."""
@@ -151,11 +166,13 @@ class _Writer:
         files = {name: (self.folder / name).open("wb") for name in self.names}
         try:
             chunk: list[Record] = []
+            held = 0
             for record in records:
                 chunk.append(record)
-                if len(chunk) == FLUSH_RECORDS:
+                held += sum(len(ids) for ids in record[: len(self.segments)])
+                if len(chunk) == FLUSH_RECORDS or held >= FLUSH_TOKENS:
                     self._flush(chunk, files)
-                    chunk = []
+                    chunk, held = [], 0
             self._flush(chunk, files)
         finally:
             for file in files.values():

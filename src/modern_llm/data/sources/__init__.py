@@ -1,6 +1,9 @@
 """Data sources behind one registry; a data set is added as one class in one of these files."""
 
-import modern_llm.data.sources.generated  # noqa: F401 - registers itself
+import modern_llm.data.sources.assistants
+import modern_llm.data.sources.corpora
+import modern_llm.data.sources.files
+import modern_llm.data.sources.generated  # noqa: F401 - the four register their sources
 from modern_llm.config import DataConfig, SourceConfig
 from modern_llm.data.sources.base import KINDS, SOURCES, SPLITS, RowCounts, Source
 
