@@ -108,24 +108,36 @@ class PackedRows:
 
     def read(self, rows: Ints) -> Arrays:
         """See `Rows`."""
-        shape = (len(rows), self.seq_len)
-        self.store.note_reads(len(rows))
-        tokens = np.full(shape, self.store.pad_id, dtype=np.int64)
-        labels = np.full(shape, IGNORE, dtype=np.int64)
-        docs = np.full(shape, -1, dtype=np.int64)
-        pos = np.zeros(shape, dtype=np.int64)
-        for r, row in enumerate(rows):
-            at = 0
-            for doc, example in enumerate(self.examples[self.starts[row] : self.starts[row + 1]]):
-                begin, middle, end = self.store.offsets[example]
-                ids = self.store.tokens[begin:end]
-                after = at + len(ids)
-                tokens[r, at:after] = ids
-                labels[r, at + middle - begin - 1 : after - 1] = ids[middle - begin :]
-                docs[r, at:after] = doc
-                pos[r, at:after] = np.arange(len(ids))
-                at = after
-        return tokens, labels, docs, pos
+        store, width = self.store, self.seq_len
+        store.note_reads(len(rows))
+        counts = self.starts[rows + 1] - self.starts[rows]
+        first = np.cumsum(counts) - counts  # of each row among the examples below
+        examples = np.concatenate(
+            [self.examples[self.starts[r] : self.starts[r + 1]] for r in rows]
+        )
+        bounds = np.asarray(store.offsets[examples])
+        lengths = bounds[:, 2] - bounds[:, 0]
+        before = np.cumsum(lengths) - lengths  # tokens in front of each example
+        row_of = np.repeat(np.arange(len(rows)), counts)
+
+        of = np.repeat(np.arange(len(examples)), lengths)  # example of each token
+        within = np.arange(len(of)) - before[of]
+        place = row_of[of] * width + before[of] - before[first][row_of[of]] + within
+        ids = store.tokens[bounds[of, 0] + within].astype(np.int64)
+        answer_from = (bounds[:, 1] - bounds[:, 0])[of] - 1  # here the first answer token is next
+        learned = (within >= answer_from) & (within < lengths[of] - 1)
+
+        size = len(rows) * width
+        tokens = np.full(size, store.pad_id, dtype=np.int64)
+        labels = np.full(size, IGNORE, dtype=np.int64)
+        docs = np.full(size, -1, dtype=np.int64)
+        pos = np.zeros(size, dtype=np.int64)
+        tokens[place] = ids
+        labels[place] = np.where(learned, np.roll(ids, -1), IGNORE)
+        docs[place] = of - first[row_of[of]]
+        pos[place] = within
+        shape = (len(rows), width)
+        return tokens.reshape(shape), labels.reshape(shape), docs.reshape(shape), pos.reshape(shape)
 
 
 def pack(lengths: NDArray[np.int64], width: int, seed: int) -> tuple[Ints, Ints]:

@@ -89,7 +89,8 @@ class TokenStore:
         if self._reads >= RELEASE_READS:
             self._reads = 0
             for array in (self.tokens, self.offsets):
-                array._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
+                mapped: mmap.mmap = array._mmap  # type: ignore[union-attr]
+                mapped.madvise(mmap.MADV_DONTNEED)
 
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of each segment, ``(n, k)``."""
