@@ -15,7 +15,7 @@ from typing import Any
 from modern_llm.config import PipelineConfig
 from modern_llm.reporting.results import read_run
 from modern_llm.reporting.values import Checkpoint, Run, StageRun
-from modern_llm.runtime.artifacts import sha256_file
+from modern_llm.runtime.artifacts import sha256_file, sha256_json
 
 ONCE = ("train", "eval", "sample")  # kinds with one row a step, also over restarts
 FINGERPRINTS = ("data_sha256", "data_fingerprint", "fingerprint", "data")
@@ -41,12 +41,12 @@ def check_run(run: Path) -> list[Problem]:
     """
     read = read_run(run)
     problems = [
-        Problem(fault.split(" ")[0].rstrip(":"), "readable", fault) for fault in read.faults
+        Problem(fault.split(" ")[0].rstrip(":"), "can be read", fault) for fault in read.faults
     ]
-    config_hash = _config_hash(run, problems)
+    config = _config(run, problems)
     for stage in read.started:
         problems += _check_order(stage)
-        problems += _check_provenance(stage, config_hash)
+        problems += _check_provenance(stage, config)
         problems += _check_totals(stage)
         problems += _check_checkpoint(run, stage)
         problems += _check_parent(read, stage)
@@ -54,11 +54,11 @@ def check_run(run: Path) -> list[Problem]:
     return problems
 
 
-def _config_hash(run: Path, problems: list[Problem]) -> str | None:
-    """Hash of config.json as the run computes it; ``None`` when it cannot be had."""
+def _config(run: Path, problems: list[Problem]) -> PipelineConfig | None:
+    """The config of config.json; ``None`` when it cannot be had."""
     try:
         value = json.loads((run / "config.json").read_text(encoding="utf-8"))
-        return PipelineConfig.model_validate(value).sha256()
+        return PipelineConfig.model_validate(value)
     except FileNotFoundError:
         return None  # named by read_run
     except ValueError as error:
@@ -108,27 +108,31 @@ def _check_order(stage: StageRun) -> Iterator[Problem]:
         yield Problem(where, "tokens never fall", "the cumulative count goes down")
 
 
-def _check_provenance(stage: StageRun, config_hash: str | None) -> Iterator[Problem]:
+def _check_provenance(stage: StageRun, config: PipelineConfig | None) -> Iterator[Problem]:
     where = f"{stage.name}/metrics.jsonl"
     starts = stage.rows("start")
-    hashes = {str(row["config_sha256"]) for row in starts if row.get("config_sha256")}
     for row in starts:
         for name in ("config_sha256", "versions", "seed"):
             if row.get(name) in (None, "", {}):
                 yield Problem(where, f"start rows have {name}", "one has none")
         if not any(row.get(name) for name in FINGERPRINTS):
             yield Problem(where, "start rows have the data's fingerprint", "one has none")
+    hashes = {str(row["config_sha256"]) for row in starts if row.get("config_sha256")}
     if len(hashes) > 1:
         told = ", ".join(sorted(h[:12] for h in hashes))
         yield Problem(where, "one config over all restarts", told)
+    where, made = f"{stage.name}/result.json", stage.provenance
+    if config is not None:
+        # A Trainer knows its own section only, and may record the hash of that.
+        section = config.stage(stage.name).training.model_dump(mode="json")
+        for found in sorted(hashes - {config.sha256(), sha256_json(section)}):
+            rule = "the config recorded is that of config.json"
+            yield Problem(f"{stage.name}/metrics.jsonl", rule, f"start rows have {found[:12]}")
+        if made.config_sha256 not in ("", config.sha256()):
+            rule = "the config recorded is that of config.json"
+            yield Problem(where, rule, f"it has {made.config_sha256[:12]}")
     if stage.status != "finished":
         return
-    where, made = f"{stage.name}/result.json", stage.provenance
-    recorded = hashes | {made.config_sha256} | ({config_hash} if config_hash else set())
-    if len(recorded) > 1:
-        seen = f"metrics {sorted(h[:12] for h in hashes)}, result {made.config_sha256[:12]}"
-        rule = "the config hash is one in metrics, result and config.json"
-        yield Problem(where, rule, f"{seen}, config.json {(config_hash or 'n/a')[:12]}")
     missing = [name for name in ("git_commit", "config_sha256") if not getattr(made, name)]
     missing += ["versions"] if not made.versions.get("torch") else []
     missing += ["seed"] if made.seed is None else []
@@ -150,9 +154,9 @@ def _check_totals(stage: StageRun) -> Iterator[Problem]:
             rule = f"{name} equals the last stop row"
             yield Problem(where, rule, f"{told} here, {logged:.0f} in metrics.jsonl")
     restarts = stage.provenance.restarts
-    if restarts is not None and restarts != len(stage.rows("start")) - 1:
-        found = f"{restarts} here, {len(stage.rows('start'))} start rows"
-        yield Problem(where, "restarts are counted", found)
+    starts = len(stage.rows("start"))
+    if restarts is not None and restarts > starts - 1:  # one before the first save is not counted
+        yield Problem(where, "restarts are in the record", f"{restarts} here, {starts} start rows")
 
 
 def locate(run: Path, checkpoint: Checkpoint) -> Path | None:
