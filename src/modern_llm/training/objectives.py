@@ -114,5 +114,5 @@ def with_balance_loss(model: nn.Module, loss_sum: Tensor, labels: Tensor) -> Ter
     units = (labels != IGNORE).sum()
     metrics = {"cross_entropy": loss_sum.detach(), "balance_loss": aux.detach() * units}
     for name, value in model.moe_load().items():
-        metrics[name] = value.detach() * units
+        metrics[f"expert_load.{name}"] = value.detach() * units
     return Terms(loss_sum + aux * units, metrics)

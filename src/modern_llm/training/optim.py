@@ -1,7 +1,7 @@
 """Optimizers behind one object: built from a model and a config, scaled by the schedule's factor.
 
-Weight decay acts on every parameter with two dimensions or more (matrices and embedding tables)
-and on none with fewer (norm gains, biases, learned sinks).
+Weight decay acts on matrices and embedding tables (two dimensions or more), and on nothing else:
+no norm gain, bias or learned sink.
 """
 
 from collections.abc import Iterable, Sequence
@@ -80,12 +80,17 @@ class Optimizers:
             part.load_state_dict({"state": moments, "param_groups": groups})
 
 
-def decay_groups(parameters: Iterable[nn.Parameter], decay: float) -> list[dict[str, Any]]:
-    """Two groups: parameters with two dimensions or more decay, the others do not."""
-    trained = [p for p in parameters if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+def is_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Two dimensions or more, and no bias (the biases of experts have two)."""
+    return parameter.ndim >= 2 and name.rpartition(".")[2] != "bias"
+
+
+def decay_groups(named: Iterable[tuple[str, nn.Parameter]], decay: float) -> list[dict[str, Any]]:
+    """Two groups of the trained parameters: matrices decay, the others do not."""
+    trained = [(name, p) for name, p in named if p.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for name, p in trained if is_matrix(name, p)], "weight_decay": decay},
+        {"params": [p for name, p in trained if not is_matrix(name, p)], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
 
@@ -93,15 +98,16 @@ def decay_groups(parameters: Iterable[nn.Parameter], decay: float) -> list[dict[
 def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
     """Trained matrices inside the stack of blocks: no embedding, head, norm or bias.
 
-    A parameter is inside the stack when its path goes through an ``nn.ModuleList``.
+    A parameter is inside the stack when its path goes through an ``nn.ModuleList``. The weights of
+    experts are three-dimensional, which `torch.optim.Muon` does not take: they are not among them.
     """
     matrices: dict[int, nn.Parameter] = {}
     for stack in (m for m in model.modules() if isinstance(m, nn.ModuleList)):
         for module in stack.modules():
             if isinstance(module, nn.Embedding):
                 continue
-            for parameter in module.parameters(recurse=False):
-                if parameter.ndim == 2 and parameter.requires_grad:
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter.ndim == 2 and is_matrix(name, parameter) and parameter.requires_grad:
                     matrices[id(parameter)] = parameter
     return list(matrices.values())
 
@@ -109,11 +115,11 @@ def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
 @OPTIMIZERS.register("adamw", "adam")
 def adamw(model: nn.Module, config: TrainingConfig) -> Optimizers:
     """AdamW (Loshchilov & Hutter, arXiv:1711.05101, alg. 2), fused where the device has it."""
-    return Optimizers(_adamw(model.parameters(), config))
+    return Optimizers(_adamw(model.named_parameters(), config))
 
 
-def _adamw(parameters: Iterable[nn.Parameter], config: TrainingConfig) -> torch.optim.AdamW:
-    groups = decay_groups(parameters, config.weight_decay)
+def _adamw(named: Iterable[tuple[str, nn.Parameter]], config: TrainingConfig) -> torch.optim.AdamW:
+    groups = decay_groups(named, config.weight_decay)
     devices = {p.device.type for group in groups for p in group["params"]}
     return torch.optim.AdamW(
         groups,
@@ -149,7 +155,7 @@ def muon(
     """
     hidden = hidden_matrices(model)
     ids = {id(p) for p in hidden}
-    rest = [p for p in model.parameters() if id(p) not in ids]
+    rest = [(name, p) for name, p in model.named_parameters() if id(p) not in ids]
     if not hidden:
         return Optimizers(_adamw(rest, config))
     orthogonal = torch.optim.Muon(

@@ -1,7 +1,7 @@
 """One training loop for every stage; a stage brings a model, batches and an objective."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,7 +10,13 @@ import torch
 from torch import nn
 
 from modern_llm.config import TrainingConfig
-from modern_llm.errors import CheckpointError, DataError, DivergedError, StoppedBySignal
+from modern_llm.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DivergedError,
+    StoppedBySignal,
+)
 from modern_llm.runtime.artifacts import JsonLines, back_up, sha256_json
 from modern_llm.runtime.devices import check_precision, memory_gb, resolve_device
 from modern_llm.runtime.logs import get_logger
@@ -40,14 +46,23 @@ log = get_logger(__name__)
 
 
 class Loader(Protocol):
-    """Batches as a pure function of the step."""
+    """Batches as a pure function of the step; see `modern_llm.data.loader`."""
 
     @property
     def fingerprint(self) -> str:
         """Hash of the data and of the order in which it comes."""
 
-    def batches(self, step: int) -> Sequence[Any]:
+    def batches(self, step: int) -> Iterable[Any]:
         """All micro-batches of optimizer step ``step`` (from 0) of this rank, on the CPU."""
+
+
+def _set_activation_checkpointing(model: nn.Module, wanted: bool) -> None:
+    """Apply the option to the model, or say that it cannot be."""
+    switch = getattr(model, "set_activation_checkpointing", None)
+    if switch is not None:
+        switch(wanted)
+    elif wanted:
+        raise ConfigError(f"training.activation_checkpointing: {type(model).__name__} has none")
 
 
 class Trainer:
@@ -107,10 +122,11 @@ class Trainer:
         self._validation: tuple[int, dict[str, float]] | None = None  # step, scores
         self._last_row = Progress()  # for the speed since the last train row
         self._steps_here = 0  # of this process
+        _set_activation_checkpointing(model, config.activation_checkpointing)
         if config.compile:
             self.model.compile()
 
-    def train_step(self, micro_batches: Sequence[Any]) -> StepStats:
+    def train_step(self, micro_batches: Iterable[Any]) -> StepStats:
         """One optimizer step on all micro-batches of it; see `Update`.
 
         Raises:

@@ -1,7 +1,7 @@
 """One optimizer step: micro-batches, one division, one clipping, one update."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -54,7 +54,7 @@ class Update:
         return value
 
     def __call__(
-        self, micro_batches: Sequence[Any], *, step: int, first_loss: FirstLoss | None = None
+        self, micro_batches: Iterable[Any], *, step: int, first_loss: FirstLoss | None = None
     ) -> StepStats:
         """Do the update that follows ``step`` finished ones.
 
@@ -67,6 +67,7 @@ class Update:
             DivergedError: loss or gradient is not finite, or the first loss is refused.
             DataError: the step has no unit.
         """
+        micro_batches = list(micro_batches)  # a loader makes them when they are asked for
         units = self.all_sum(sum(self.objective.units(batch) for batch in micro_batches))
         tokens = self.all_sum(sum(batch.n_tokens for batch in micro_batches))
         if units == 0:
