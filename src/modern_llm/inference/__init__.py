@@ -1,0 +1,1 @@
+"""Trained checkpoints at work: completions and chat."""

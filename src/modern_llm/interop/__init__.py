@@ -1,0 +1,1 @@
+"""Trained models elsewhere: folders that transformers and what builds on it can read."""
