@@ -1,0 +1,168 @@
+"""The chain of stages: which folder, which parents, preflight, restart, report."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from modern_llm.alignment.preflight import Preflight
+from modern_llm.alignment.stages import STAGES, Stage
+from modern_llm.config import STAGES as STAGE_ORDER
+from modern_llm.config import PipelineConfig
+from modern_llm.errors import CheckpointError, ConfigError, ProtectedPathError
+from modern_llm.runtime.artifacts import Policy, back_up, locked, new_folder, write_json
+from modern_llm.runtime.environment import environment
+from modern_llm.runtime.logs import get_logger
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a call did: the run's folder and the stages that it ran (the others stood already)."""
+
+    run: Path
+    ran: tuple[str, ...]
+
+
+class AlignmentPipeline:
+    """Runs one stage or all of them in one run folder.
+
+    The same config finds its run again: finished stages stand, an unfinished one goes on. Another
+    config under the same name gets a folder of its own.
+
+    Args:
+        config: the whole run, resolved.
+        on_exists: what to do where another run, or a finished stage, stands already: ``timestamp``
+            a new folder beside it, ``skip`` nothing, ``replace`` start again (a backup is kept).
+        resume: go on with a run that exists, or refuse.
+        allow_data_change: go on with a stopped stage although its data is not what it was.
+    """
+
+    def __init__(
+        self,
+        config: PipelineConfig,
+        *,
+        on_exists: Policy = "timestamp",
+        resume: bool = False,
+        allow_data_change: bool = False,
+    ) -> None:
+        self.config = config
+        self.on_exists = on_exists
+        self.resume = resume
+        self.allow_data_change = allow_data_change
+
+    def preflight(self, stage: str = "all", *, checkpoint: Path | None = None) -> Preflight:
+        """Look for every mistake that can be found before compute is spent; writes nothing."""
+        return Preflight(self.config, self._stages(stage), checkpoint, self._standing())
+
+    def run(self, stage: str = "all", *, checkpoint: Path | None = None) -> Outcome | None:
+        """Run ``stage`` (or all), starting from ``checkpoint`` in place of the stage before.
+
+        Returns:
+            What was done; ``None`` when another run stands under the name and it was to be skipped.
+
+        Raises:
+            ModernLLMError: any mistake of the user's; see `modern_llm.errors`.
+        """
+        self.preflight(stage, checkpoint=checkpoint).raise_problems()
+        run = self._claim_folder()
+        if run is None:
+            log.warning(
+                "%s holds another run; nothing done (--no-overwrite)",
+                self.config.paths.output / self.config.name,
+            )
+            return None
+        with locked(run):
+            self._write_records(run)
+            ran = tuple(
+                name
+                for i, name in enumerate(self._stages(stage))
+                if self._run_stage(run, name, checkpoint if i == 0 else None)
+            )
+        return Outcome(run, ran)
+
+    @staticmethod
+    def _stages(stage: str) -> Sequence[str]:
+        return STAGE_ORDER if stage == "all" else (STAGES.resolve(stage),)
+
+    def _run_stage(self, run: Path, name: str, checkpoint: Path | None) -> bool:
+        """Run one stage unless its result stands; returns whether it ran."""
+        folder = run / name
+        if self.on_exists == "replace" and folder.exists():
+            log.warning("%s: kept as %s", folder, back_up(folder).name)
+        stage: Stage = STAGES[name](
+            self.config, run, self._parent(run, name, checkpoint),
+            allow_data_change=self.allow_data_change,
+        )  # fmt: skip
+        stage.claim()
+        if (folder / "result.json").exists():
+            log.info("%s: finished already, %s", name, folder / "result.json")
+            return False
+        stage.execute()
+        return True
+
+    def _parent(self, run: Path, name: str, checkpoint: Path | None) -> Path | None:
+        before = STAGES[name].starts_from  # type: ignore[attr-defined]
+        if checkpoint is not None or before is None:
+            return checkpoint
+        final = run / before / "final"
+        if not final.exists():
+            raise CheckpointError(missing_parent(name, before, final))
+        return final
+
+    def _standing(self) -> Path | None:
+        """The folder of this very config, if it ran before: the newest of its name."""
+        base = self.config.paths.output / self.config.name
+        wanted = self.config.sha256()
+        found = [
+            folder
+            for folder in (base, *base.parent.glob(f"{base.name}_2*"))
+            if (folder / "config.json").is_file() and _config_hash(folder) == wanted
+        ]
+        return max(found, key=lambda f: f.stat().st_mtime, default=None)
+
+    def _claim_folder(self) -> Path | None:
+        base = self.config.paths.output / self.config.name
+        standing = self._standing()
+        if standing is not None:
+            return standing
+        if self.resume:
+            raise ConfigError(
+                f"--resume: no run of this config below {base.parent} "
+                f"({'another config has the name' if base.exists() else 'none of that name'})"
+            )
+        if base.is_dir() and not (base / "config.json").exists() and not _has_results(base):
+            return base  # made by a process that got no further
+        if self.on_exists == "replace" and base.exists():
+            with locked(base):
+                pass  # refuses while another process works there
+        return new_folder(base, on_exists=self.on_exists)
+
+    def _write_records(self, run: Path) -> None:
+        written = write_json(
+            run / "config.json", self.config.model_dump(mode="json"), on_exists="skip"
+        )
+        if written is not None:
+            write_json(run / "environment.json", environment(), on_exists="skip")
+        elif _config_hash(run) != self.config.sha256():
+            raise ProtectedPathError(f"{run}: another run took this folder; start again")
+
+
+def missing_parent(stage: str, before: str, final: Path) -> str:
+    """Message for a stage whose parent is not there."""
+    return (
+        f"stage {stage} starts from the {before} checkpoint, and {final} is not there; "
+        f"run --stage {before} first, or give --checkpoint PATH"
+    )
+
+
+def _config_hash(run: Path) -> str | None:
+    try:
+        return PipelineConfig.model_validate(json.loads((run / "config.json").read_text())).sha256()
+    except ValueError:
+        return None  # of another version, or damaged: another run
+
+
+def _has_results(folder: Path) -> bool:
+    return any(path.name != ".lock" for path in folder.iterdir())

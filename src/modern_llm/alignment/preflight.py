@@ -1,0 +1,188 @@
+"""What can be known before compute is spent: every problem at once, and the plan of a run."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+
+import torch
+
+from modern_llm.alignment.stages import STAGES
+from modern_llm.alignment.stages.base import check_architecture
+from modern_llm.config import TRAINED_STAGES, PipelineConfig, SourceConfig
+from modern_llm.data.sources import open_source
+from modern_llm.errors import CheckpointError, ConfigError, ModernLLMError, ProtectedPathError
+from modern_llm.models import ModernDecoderLM
+from modern_llm.models.cost import Cost
+from modern_llm.runtime.devices import check_precision, resolve_device, single_process
+from modern_llm.training.checkpoint import read_checkpoint
+from modern_llm.training.optim import OPTIMIZERS
+from modern_llm.training.schedule import SCHEDULES
+from modern_llm.training.throughput import peak_flops
+
+ASSUMED_MFU = 0.4  # share of the device's peak that a plan counts on
+STATE_BYTES = 16  # a parameter's fp32 weight, gradient and two moments
+WEIGHT_BYTES = 4
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """What one trained stage takes.
+
+    Attributes:
+        tokens: tokens of all rows, padding counted.
+        flops: forward and backward over all steps.
+        hours: at `ASSUMED_MFU`; ``None`` where the device's peak is not known.
+    """
+
+    stage: str
+    steps: int
+    batch_size: int
+    seq_len: int
+    tokens: int
+    flops: float
+    hours: float | None
+
+
+class Preflight:
+    """Problems and plan of a run that has not begun; reads headers only, writes nothing.
+
+    Args:
+        config: the whole run.
+        stages: the stages that are asked for, in order.
+        checkpoint: where the first of them starts, in place of the stage before.
+        standing: folder of this very run, if it ran before.
+    """
+
+    def __init__(
+        self,
+        config: PipelineConfig,
+        stages: Sequence[str],
+        checkpoint: Path | None,
+        standing: Path | None,
+    ) -> None:
+        self.config = config
+        self.stages = stages
+        self.trained = [stage for stage in stages if stage in TRAINED_STAGES]
+        self.checkpoint = checkpoint
+        self.standing = standing
+
+    @cached_property
+    def problems(self) -> list[ModernLLMError]:
+        """All that is wrong, each told once."""
+        found: dict[str, ModernLLMError] = {}
+        for check in self._checks():
+            try:
+                check()
+            except ModernLLMError as error:
+                found.setdefault(str(error), error)
+        return list(found.values())
+
+    def raise_problems(self) -> None:
+        """Raise one error that tells all problems; its kind is that of the first."""
+        if self.problems:
+            raise type(self.problems[0])("\n".join(map(str, self.problems)))
+
+    @cached_property
+    def cost(self) -> Cost:
+        """Parameters and FLOPs of the decoder at full length, built without memory."""
+        with torch.device("meta"):
+            return ModernDecoderLM(self.config.model).cost(self.config.model.max_seq_len)
+
+    def plan(self) -> list[StagePlan]:
+        """Steps, tokens, FLOPs and hours of each trained stage."""
+        plans = []
+        for stage in self.trained:
+            training = self.config.stage(stage).training
+            with torch.device("meta"):
+                cost = ModernDecoderLM(self.config.model).cost(training.seq_len)
+            tokens = training.max_steps * training.batch_size * training.seq_len
+            flops = cost.flops_per_token_training * tokens
+            peak = self._peak(training.device, training.precision)
+            hours = flops / (peak * ASSUMED_MFU) / 3600 if peak else None
+            plans.append(
+                StagePlan(
+                    stage,
+                    training.max_steps,
+                    training.batch_size,
+                    training.seq_len,
+                    tokens,
+                    flops,
+                    hours,
+                )  # fmt: skip
+            )
+        return plans
+
+    def state_gb(self) -> float:
+        """Weights, gradients and AdamW moments in GB (1e9 bytes); activations come on top."""
+        return STATE_BYTES * self.cost.params / 1e9
+
+    def disk_gb(self) -> float:
+        """Checkpoints of all stages at their largest, in GB."""
+        folders = sum(self.config.stage(stage).training.keep_last + 2 for stage in self.trained)
+        finals = WEIGHT_BYTES * len(self.trained)
+        return (folders * 3 * WEIGHT_BYTES + finals) * self.cost.params / 1e9
+
+    @staticmethod
+    def _peak(device: str, precision: str) -> float | None:
+        try:
+            return peak_flops(resolve_device(device), precision)
+        except ConfigError:
+            return None
+
+    def _checks(self) -> Iterator[Callable[[], object]]:
+        yield lambda: self.cost
+        yield single_process
+        for stage in self.trained:
+            training = self.config.stage(stage).training
+            yield partial(OPTIMIZERS.check, training.optimizer.name, training.optimizer.options)
+            yield partial(SCHEDULES.check, training.schedule.name, training.schedule.options)
+            yield partial(_check_device, training.device, training.precision)
+        for source in self._sources():
+            yield partial(open_source, source, self.config.data)
+        yield self._check_parent
+        yield self._check_output
+
+    def _sources(self) -> Iterator[SourceConfig]:
+        for stage in self.trained:
+            section = self.config.stage(stage)
+            yield from (*section.data, *(section.validation or ()))
+        if "eval" in self.stages:
+            tasks = self.config.eval
+            optional = (tasks.reasoning, tasks.preference)
+            for task in (*tasks.perplexity, *tasks.text_metrics, *filter(None, optional)):
+                yield task.source
+
+    def _check_parent(self) -> None:
+        """The first stage has its parent, and the parent is of the config's architecture."""
+        first = self.stages[0]
+        path = self.checkpoint
+        before = STAGES[first].starts_from  # type: ignore[attr-defined]
+        if path is None and before is not None:
+            path = (self.standing or self.config.paths.output / self.config.name) / before / "final"
+            if not path.exists():
+                raise CheckpointError(
+                    f"stage {first} starts from the {before} checkpoint, and {path} is not there; "
+                    f"run --stage {before} first, or give --checkpoint PATH"
+                )
+        if path is not None:
+            check_architecture(read_checkpoint(path), self.config.model)
+
+    def _check_output(self) -> None:
+        """The output folder can be written and has room for the checkpoints."""
+        for path in (self.config.paths.output, self.config.paths.report):
+            nearest = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+            if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+                raise ProtectedPathError(f"{nearest} cannot be written; give another --output-dir")
+        free_gb = shutil.disk_usage(nearest).free / 1e9
+        if self.trained and free_gb < self.disk_gb():
+            raise ProtectedPathError(
+                f"{nearest}: {free_gb:.1f} GB free, the checkpoints take up to "
+                f"{self.disk_gb():.1f} GB; free space or give another --output-dir"
+            )
+
+
+def _check_device(name: str, precision: str) -> None:
+    check_precision(precision, resolve_device(name))

@@ -1,0 +1,63 @@
+"""Answers of a policy to prompts: seeded, the same whatever else is sampled beside them."""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from modern_llm.data.templates import Prompt, prompt_text, prompts_ids, truncate_prompt
+from modern_llm.data.tokenizer import Tokenizer
+from modern_llm.models.generate import generate
+from modern_llm.runtime.devices import autocast
+from modern_llm.runtime.seeding import derive_seed
+
+SAMPLE_BATCH = 256  # rows that are decoded together
+
+
+def sample_ids(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    rows: list[list[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seeds: list[int] | None = None,
+    precision: str = "fp32",
+) -> list[list[int]]:
+    """One continuation of each row of ids, without EOS; a row's seed alone decides its draws."""
+    device = next(model.parameters()).device
+    with autocast(device, precision):
+        done = generate(
+            model, rows,
+            max_new_tokens=max_new_tokens, temperature=temperature, seeds=seeds,
+            eos_id=tokenizer.eos_id, n_vocab=tokenizer.n_vocab, batch_size=SAMPLE_BATCH,
+        )  # fmt: skip
+    return [completion.tokens for completion in done]
+
+
+def sample_texts(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int,
+    n_samples: int = 1,
+    temperature: float = 0.0,
+    seed: int = 0,
+    precision: str = "fp32",
+) -> list[list[str]]:
+    """``n_samples`` answers to each prompt, as text.
+
+    The seed of an answer comes from ``seed``, the prompt's text and the answer's number. A prompt
+    that leaves no room for ``max_new_tokens`` is cut from its start.
+    """
+    room = model.config.max_seq_len - max_new_tokens
+    rows, seeds = [], []
+    for prompt, ids in zip(prompts, prompts_ids(tokenizer, prompts), strict=True):
+        rows += [truncate_prompt(ids, room)] * n_samples
+        seeds += [derive_seed(seed, prompt_text(prompt), k) for k in range(n_samples)]
+    done = sample_ids(
+        model, tokenizer, rows,
+        max_new_tokens=max_new_tokens, temperature=temperature, seeds=seeds, precision=precision,
+    )  # fmt: skip
+    texts = [tokenizer.decode(ids) for ids in done]
+    return [texts[i : i + n_samples] for i in range(0, len(texts), n_samples)]

@@ -1,0 +1,302 @@
+"""What every stage shares: where it starts from, one Trainer, result files, restart.
+
+Stages hand over by files only. A stage that is finished is not run again, one that was stopped
+goes on from its last checkpoint, and one whose parent is another than before is refused.
+"""
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from modern_llm.config import ModelConfig, PipelineConfig, SourceConfig, StageConfig
+from modern_llm.data.collate import Batch
+from modern_llm.data.loader import Loader
+from modern_llm.data.sources import open_source
+from modern_llm.data.sources.base import Source
+from modern_llm.data.templates import TEMPLATE_HASH
+from modern_llm.data.tokenizer import Tokenizer
+from modern_llm.errors import ProtectedPathError
+from modern_llm.evaluation.scores import Result, split_results
+from modern_llm.models import ModernDecoderLM
+from modern_llm.registry import Registry
+from modern_llm.runtime.artifacts import write_json
+from modern_llm.runtime.devices import check_precision, resolve_device, set_threads
+from modern_llm.runtime.environment import environment, utc_now
+from modern_llm.runtime.logs import get_logger
+from modern_llm.training.checkpoint import Checkpoint, load_model_weights, read_checkpoint
+from modern_llm.training.objectives import Objective
+from modern_llm.training.trainer import FirstLoss, FitResult, Trainer
+from modern_llm.training.validation import mean_loss
+
+STAGES: Registry = Registry("stage")
+log = get_logger(__name__)
+
+
+def model_config(checkpoint: Checkpoint) -> ModelConfig:
+    """Sizes and components of the decoder in a checkpoint."""
+    return ModelConfig.model_validate(checkpoint.meta["model"])
+
+
+def load_policy(
+    checkpoint: Checkpoint, device: torch.device, config: ModelConfig | None = None
+) -> ModernDecoderLM:
+    """The decoder of a checkpoint in eval mode.
+
+    Args:
+        checkpoint: of a policy, not of a verifier.
+        device: where the model is put.
+        config: what the model must be; default: what the checkpoint says.
+
+    Raises:
+        CheckpointError: the checkpoint is of another architecture.
+    """
+    model = ModernDecoderLM(config or model_config(checkpoint))
+    load_model_weights(model, checkpoint)
+    return model.to(device).eval()
+
+
+def check_architecture(checkpoint: Checkpoint, config: ModelConfig) -> None:
+    """Refuse a checkpoint that does not fit ``config``; needs no memory for the model.
+
+    Raises:
+        CheckpointError: lists what differs.
+    """
+    with torch.device("meta"):
+        model = ModernDecoderLM(config)
+    load_model_weights(model, checkpoint)
+
+
+class Stage(ABC):
+    """One link of the chain.
+
+    Args:
+        config: the whole run.
+        run: its folder; the stage writes below ``run/<name>/``.
+        parent: checkpoint that it starts from; ``None`` for pretraining and for eval.
+        allow_data_change: go on with a stopped run although its data is not what it was.
+    """
+
+    name: ClassVar[str]
+    starts_from: ClassVar[str | None] = None
+
+    def __init__(
+        self,
+        config: PipelineConfig,
+        run: Path,
+        parent: Path | None,
+        *,
+        allow_data_change: bool = False,
+    ) -> None:
+        self.config = config
+        self.run = run
+        self.folder = run / self.name
+        self.parent = read_checkpoint(parent) if parent else None
+        self.allow_data_change = allow_data_change
+        self.started = utc_now()
+
+    def claim(self) -> None:
+        """Record in ``stage.json`` what the stage starts from; on a restart it must be the same.
+
+        Raises:
+            ProtectedPathError: the folder holds this stage from another parent.
+        """
+        path = self.folder / "stage.json"
+        parent = self.parent_record()
+        if write_json(path, {"parent": parent}, on_exists="skip") is None:
+            before = json.loads(path.read_text())["parent"]
+            if (before or {}).get("sha256") != (parent or {}).get("sha256"):
+                raise ProtectedPathError(
+                    f"{self.folder} holds this stage from another parent checkpoint "
+                    f"({(before or {}).get('path')}); give another --run-name, or --force to "
+                    "start the stage again (a backup is kept)"
+                )
+
+    def parent_record(self) -> dict[str, str] | None:
+        """Stage, path and hash of the parent checkpoint, for lineage."""
+        if self.parent is None:
+            return None
+        return {
+            "stage": self.parent.meta["stage"],
+            "path": str(self.parent.folder),
+            "sha256": self.parent.sha256,
+        }
+
+    def provenance(self, *, seed: int, restarts: int = 0) -> dict[str, Any]:
+        """What the stage's numbers were computed with."""
+        return {
+            **environment(),
+            "config_sha256": self.config.sha256(),
+            "seed": seed,
+            "started": self.started,
+            "ended": utc_now(),
+            "restarts": restarts,
+        }
+
+    @abstractmethod
+    def execute(self) -> None:
+        """Do the stage's work and write ``result.json`` last."""
+
+
+class TrainedStage(Stage):
+    """A stage that trains a model: it says which data, which objective and which scores."""
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Device of the stage; it can compute in the wanted precision."""
+        device = resolve_device(self.section.training.device)
+        check_precision(self.section.training.precision, device)
+        return device
+
+    @property
+    def section(self) -> StageConfig:
+        """The stage's part of the config."""
+        return self.config.stage(self.name)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The parent's tokenizer: it travels with the checkpoint."""
+        assert self.parent is not None
+        return Tokenizer.load(self.parent.tokenizer_path)
+
+    @abstractmethod
+    def loader(self) -> Loader:
+        """Training batches as a function of the step."""
+
+    @abstractmethod
+    def validation(self) -> Sequence[Batch]:
+        """One fixed pass over held-out data."""
+
+    @abstractmethod
+    def data_records(self) -> list[dict[str, Any]]:
+        """Source, split, rows, tokens, drops and fingerprint of all that was read."""
+
+    @abstractmethod
+    def objective(self) -> Objective:
+        """Loss of the stage."""
+
+    def validation_objective(self) -> Objective:
+        """Loss on held-out data."""
+        return self.objective()
+
+    def build_model(self) -> nn.Module:
+        """The parent's model, on the stage's device."""
+        assert self.parent is not None
+        return load_policy(self.parent, self.device, self.config.model)
+
+    def audit(self) -> dict[str, Any] | None:
+        """Proof, made before the first step, that the data is what it should be."""
+        return None
+
+    def first_loss(self) -> FirstLoss | None:
+        """What the very first loss must be."""
+        return None
+
+    def scores(self, model: nn.Module) -> list[Result]:
+        """Held-out scores of the trained model beyond the validation loss."""
+        return []
+
+    def sources(self, split: str) -> list[Source]:
+        """The stage's sources; ``validation`` has its own list where the config gives one."""
+        chosen: Sequence[SourceConfig] = self.section.data
+        if split == "validation" and self.section.validation is not None:
+            chosen = self.section.validation
+        return [open_source(source, self.config.data) for source in chosen]
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Mean loss and metrics of the objective over the whole validation split."""
+        return mean_loss(
+            model, self.validation_objective(), self.validation(),
+            device=self.device, precision=self.section.training.precision,
+        )  # fmt: skip
+
+    def checkpoint_meta(self) -> dict[str, Any]:
+        """What travels in each checkpoint's ``config.json``, beside its step."""
+        return {
+            "stage": self.name,
+            "run": self.config.name,
+            "model": self.config.model.model_dump(mode="json"),
+            "config_sha256": self.config.sha256(),
+            "tokenizer_sha256": self.tokenizer.sha256,
+            "template_sha256": TEMPLATE_HASH,
+            "parent": self.parent_record(),
+        }
+
+    def execute(self) -> None:
+        """Train, score, and write ``result.json`` last."""
+        training = self.section.training
+        set_threads(training.threads)
+        model = self.build_model()
+        audit = self.audit()
+        cost = decoder_of(model).cost(training.seq_len)
+        trainer = Trainer(
+            model, self.objective(), self.loader(), training,
+            folder=self.folder, tokenizer_json=self.tokenizer.to_json(),
+            checkpoint_meta=self.checkpoint_meta(), evaluate=self.evaluate,
+            flops_per_token=cost.flops_per_token_training, first_loss=self.first_loss(),
+            allow_data_change=self.allow_data_change,
+        )  # fmt: skip
+        fit = trainer.fit()
+        scores, missing = split_results(self.scores(model.eval()))
+        self.write_result(fit, model, scores, missing, audit)
+
+    def write_result(
+        self,
+        fit: FitResult,
+        model: nn.Module,
+        scores: list[dict[str, Any]],
+        missing: list[dict[str, Any]],
+        audit: dict[str, Any] | None,
+    ) -> None:
+        """Write ``result.json``, the stage's last word."""
+        training = self.section.training
+        decoder = decoder_of(model)
+        cost = decoder.cost(training.seq_len)
+        facts = asdict(fit)
+        write_json(
+            self.folder / "result.json",
+            {
+                "format": 1,
+                "stage": self.name,
+                "status": "finished",
+                "checkpoint": {"path": facts.pop("checkpoint"), "sha256": facts.pop("sha256")},
+                "training": facts,
+                "data": self.data_records(),
+                "parent": self.parent_record(),
+                "scores": scores,
+                "audit": audit,
+                "not_evaluated": missing,
+                "model": {
+                    "params": sum(p.numel() for p in model.parameters()),
+                    "active_params": cost.active_params,
+                    "flops_per_token": cost.flops_per_token_training,
+                    "summary": summary(decoder.config),
+                },
+                "provenance": self.provenance(seed=training.seed, restarts=fit.restarts),
+            },
+            on_exists="skip",
+        )
+        log.info("%s: finished at step %d, %s", self.name, fit.steps, self.folder / "result.json")
+
+
+def decoder_of(model: nn.Module) -> ModernDecoderLM:
+    """The decoder itself, or the trunk of a verifier."""
+    decoder = getattr(model, "trunk", model)
+    assert isinstance(decoder, ModernDecoderLM)
+    return decoder
+
+
+def summary(config: ModelConfig) -> str:
+    """One line that names a decoder: layers, heads, width and components."""
+    kv = "" if config.n_kv_heads == config.n_heads else f"/{config.n_kv_heads}"
+    ffn = config.ffn.name if config.moe is None else f"{config.ffn.name} x{config.moe.n_experts}"
+    return (
+        f"{config.n_layers} layers, {config.n_heads}{kv} heads, {config.d_model} wide, "
+        f"{config.position.name}, {config.norm.name} ({config.norm_position}), {ffn}"
+    )

@@ -1,0 +1,100 @@
+"""Pretraining: next-token prediction on packed text."""
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+from torch import nn
+
+from modern_llm.alignment.stages.base import STAGES, TrainedStage
+from modern_llm.data.collate import TokenBatch
+from modern_llm.data.loader import TextLoader
+from modern_llm.data.prepare import text_store
+from modern_llm.data.store import TokenStore
+from modern_llm.data.tokenizer import Tokenizer, build_tokenizer
+from modern_llm.models import ModernDecoderLM
+from modern_llm.runtime.seeding import derive_seed, seed_everything
+from modern_llm.training.objectives import LMObjective, Objective
+from modern_llm.training.trainer import FirstLoss
+
+FIRST_LOSS_TOLERANCE = 0.5  # nats around ln V
+
+
+@STAGES.register("pretrain")
+class PretrainStage(TrainedStage):
+    """Train a decoder from nothing, or go on from a checkpoint. Writes ``<run>/pretrain/``."""
+
+    name = "pretrain"
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The checkpoint's tokenizer, else one made for the training text."""
+        if self.parent is not None:
+            return Tokenizer.load(self.parent.tokenizer_path)
+        return build_tokenizer(
+            self.config.tokenizer, vocab_size=self.config.model.vocab_size,
+            texts=self._texts, data=self.config.data,
+        )  # fmt: skip
+
+    def _texts(self) -> Iterator[str]:
+        """Training text, the sources in turn, so that each has its part in the tokenizer."""
+        rows = [source.rows("train") for source in self.sources("train")]
+        for turn in itertools.zip_longest(*rows):
+            yield from (row["text"] for row in turn if row is not None)
+
+    @cached_property
+    def stores(self) -> list[TokenStore]:
+        """Training text, one store a source."""
+        data = self.config.data
+        return [text_store([s], "train", self.tokenizer, data) for s in self.sources("train")]
+
+    @cached_property
+    def validation_store(self) -> TokenStore:
+        """Held-out text."""
+        return text_store(
+            self.sources("validation"), "validation", self.tokenizer, self.config.data,
+            max_rows=self.section.max_validation_rows,
+        )  # fmt: skip
+
+    def _loader(self, stores: list[TokenStore], weights: list[float | None]) -> TextLoader:
+        training = self.section.training
+        return TextLoader(
+            stores, weights,
+            seq_len=training.seq_len, batch_size=training.batch_size,
+            micro_batch_size=training.micro_batch_size, seed=training.seed,
+            doc_mask=training.doc_mask,
+        )  # fmt: skip
+
+    def loader(self) -> TextLoader:
+        """Blocks of text in seeded order, mixed by weight."""
+        return self._loader(self.stores, [source.weight for source in self.section.data])
+
+    def validation(self) -> Sequence[TokenBatch]:
+        """Every held-out token once."""
+        return self._loader([self.validation_store], [None]).one_pass()
+
+    def data_records(self) -> list[dict[str, Any]]:
+        """Summaries of all stores."""
+        return [row for store in (*self.stores, self.validation_store) for row in store.sources]
+
+    def objective(self) -> Objective:
+        """Cross entropy of every token."""
+        return LMObjective(compile=self.section.training.compile)
+
+    def build_model(self) -> nn.Module:
+        """A fresh decoder, or the checkpoint's."""
+        if self.parent is not None:
+            return super().build_model()
+        seed_everything(derive_seed(self.section.training.seed, "weights"))
+        return ModernDecoderLM(self.config.model).to(self.device)
+
+    def first_loss(self) -> FirstLoss | None:
+        """About ln V at a fresh start."""
+        if self.parent is not None:
+            return None
+        vocab_size = self.config.model.vocab_size
+        return FirstLoss(
+            math.log(vocab_size), FIRST_LOSS_TOLERANCE, f"ln V of a vocabulary of {vocab_size}"
+        )

@@ -1,0 +1,313 @@
+"""The verifier (Cobbe et al. 2021, arXiv:2110.14168): a token-level scorer of solutions.
+
+It is trained on the policy's own graded samples for training problems, and picks the best of N
+samples at test time. Problems, not samples, are split between training and validation.
+"""
+
+import itertools
+import json
+import random
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+
+from modern_llm.alignment.sampling import sample_texts
+from modern_llm.alignment.stages.base import STAGES, TrainedStage, load_policy, model_config
+from modern_llm.config import VerifierConfig
+from modern_llm.data.collate import AnswerBatch, collate_answers
+from modern_llm.data.corruption import corrupt_solution
+from modern_llm.data.loader import BucketLoader
+from modern_llm.data.prepare import solution_store
+from modern_llm.data.sources.base import RowCounts
+from modern_llm.data.store import TokenStore
+from modern_llm.data.templates import answer_ids, prompts_ids, truncate_prompt
+from modern_llm.data.tokenizer import Tokenizer
+from modern_llm.errors import DataError
+from modern_llm.evaluation.answers import grade
+from modern_llm.evaluation.calibration import auroc_score, ece_score
+from modern_llm.evaluation.scores import Result, Score
+from modern_llm.models import VerifierModel
+from modern_llm.runtime.artifacts import sha256_json, write_text
+from modern_llm.runtime.devices import autocast
+from modern_llm.runtime.logs import get_logger
+from modern_llm.runtime.seeding import derive_seed
+from modern_llm.training.checkpoint import Checkpoint, load_model_weights
+from modern_llm.training.objectives import Terms, token_loss_sum
+
+log = get_logger(__name__)
+Solution = dict[str, Any]  # question, text, label (1 right), origin
+
+
+class VerifierObjective:
+    """Correctness at every answer token, and the language-model loss beside it.
+
+    The label of a solution is the target of each of its tokens, so that the score is trained all
+    along the solution; the score that is used is the one at the last token.
+
+    Args:
+        lm_coef: weight of the language-model loss.
+    """
+
+    unit = "token"
+
+    def __init__(self, lm_coef: float) -> None:
+        self.lm_coef = lm_coef
+
+    def units(self, batch: AnswerBatch) -> int:
+        """Number of answer tokens, EOS included."""
+        return int(batch.answer_BT.sum())
+
+    def __call__(self, model: nn.Module, batch: AnswerBatch) -> Terms:
+        """Sums over answer tokens of the correctness loss and the weighted LM loss."""
+        answer_M = batch.answer_BT.flatten().nonzero().squeeze(1)
+        before_M = answer_M - 1  # where the answer's tokens are predicted
+        logits_MV, value_BT = model(batch.tokens_BT, at_M=before_M)
+        lm_sum = token_loss_sum(logits_MV, batch.labels_BT.flatten()[before_M])
+        value_M = value_BT.flatten()[answer_M].float()
+        label_M = batch.label_B[:, None].expand_as(value_BT).flatten()[answer_M]
+        value_sum = F.binary_cross_entropy_with_logits(value_M, label_M, reduction="sum")
+        metrics = {
+            "value_loss": value_sum.detach(),
+            "lm_loss": lm_sum.detach(),
+            "token_accuracy": ((value_M > 0) == (label_M > 0.5)).float().sum(),
+        }
+        return Terms(value_sum + self.lm_coef * lm_sum, metrics)
+
+
+def load_verifier(checkpoint: Checkpoint, device: torch.device) -> VerifierModel:
+    """The verifier of a checkpoint, in eval mode.
+
+    Raises:
+        CheckpointError: the checkpoint holds something else.
+    """
+    model = VerifierModel(model_config(checkpoint))
+    load_model_weights(model, checkpoint)
+    return model.to(device).eval()
+
+
+def top_up(
+    samples: list[Solution], worked: dict[str, str], *, config: VerifierConfig, seed: int
+) -> list[Solution]:
+    """Add worked solutions, and corruptions of them, until both classes have their least share.
+
+    Args:
+        samples: graded samples of the policy.
+        worked: the data set's solution of each question.
+        config: ``min_right`` and ``min_wrong``.
+        seed: of the corruptions.
+    """
+    questions = sorted(worked)
+    rng = random.Random(derive_seed("corrupt", seed))
+    added: list[Solution] = []
+    for label, least in ((1, config.min_right), (0, config.min_wrong)):
+        have = sum(s["label"] == label for s in samples)
+        other = len(samples) - have
+        missing = max(0, int(np.ceil(least / (1 - least) * other)) - have)
+        for question in itertools.islice(itertools.cycle(questions), missing):
+            text = worked[question] if label else corrupt_solution(worked[question], rng)
+            origin = "worked solution" if label else "corrupted solution"
+            added.append({"question": question, "text": text, "label": label, "origin": origin})
+    return samples + added
+
+
+@STAGES.register("verifier")
+class VerifierStage(TrainedStage):
+    """Learn which of the policy's solutions are right. Needs ``dpo``; writes ``<run>/verifier/``.
+
+    ``samples-train.jsonl`` and ``samples-validation.jsonl`` hold what it is trained and tested on.
+    """
+
+    name = "verifier"
+    starts_from = "dpo"
+
+    @property
+    def section(self) -> VerifierConfig:
+        """The stage's part of the config."""
+        return self.config.verifier
+
+    def _problems(self, split: str) -> dict[str, str]:
+        """Question -> worked solution; no training question is held out."""
+        section = self.section
+        count = section.n_problems if split == "train" else section.n_validation_problems
+        counts = RowCounts(max_bad_rows=self.config.data.max_bad_rows)
+        rows = itertools.chain.from_iterable(s.rows(split, counts) for s in self.sources(split))
+        problems: dict[str, str] = {}
+        for row in rows:
+            if len(problems) == count:
+                break
+            problems.setdefault(row["question"], row["answer"])
+        if not problems:
+            raise DataError(f"verifier: no {split} problem in {self.section.data}")
+        return problems
+
+    @cached_property
+    def policy(self) -> nn.Module:
+        """The model whose samples are judged."""
+        assert self.parent is not None
+        return load_policy(self.parent, self.device, self.config.model)
+
+    def _solutions(self, split: str) -> list[Solution]:
+        """Graded samples of the policy, topped up; kept in a file, so that they are drawn once."""
+        path = self.folder / f"samples-{split}.jsonl"
+        if not path.exists():
+            section, problems = self.section, self._problems(split)
+            if split == "train":
+                held_out = self._problems("validation")
+                problems = {q: a for q, a in problems.items() if q not in held_out}
+            log.info(
+                "verifier: sampling %d solutions to %d %s problems",
+                section.samples_per_problem, len(problems), split,
+            )  # fmt: skip
+            texts = sample_texts(
+                self.policy, self.tokenizer, list(problems), n_samples=section.samples_per_problem,
+                temperature=section.temperature, max_new_tokens=section.max_new_tokens,
+                seed=derive_seed(section.training.seed, "verifier", split),
+                precision=section.training.precision,
+            )  # fmt: skip
+            solutions = [
+                {"question": q, "text": t, "label": int(grade(t, gold)), "origin": "sample"}
+                for (q, gold), group in zip(problems.items(), texts, strict=True)
+                for t in group
+            ]
+            if split == "train":
+                solutions = top_up(solutions, problems, config=section, seed=section.training.seed)
+            write_text(path, "".join(json.dumps(s) + "\n" for s in solutions), on_exists="skip")
+        return [json.loads(line) for line in path.read_text().splitlines()]
+
+    def _store(self, split: str) -> TokenStore:
+        solutions = self._solutions(split)
+        return solution_store(
+            ((s["question"], s["text"], float(s["label"])) for s in solutions),
+            self.tokenizer, self.config.data,
+            key={"solutions": sha256_json(solutions)}, max_tokens=self.section.training.seq_len,
+        )  # fmt: skip
+
+    @cached_property
+    def store(self) -> TokenStore:
+        """Solutions to training problems."""
+        return self._store("train")
+
+    @cached_property
+    def validation_store(self) -> TokenStore:
+        """The policy's samples for held-out problems, none added."""
+        return self._store("validation")
+
+    def _loader(self, store: TokenStore) -> BucketLoader[AnswerBatch]:
+        training = self.section.training
+        return BucketLoader(
+            store,
+            batch_size=training.batch_size, micro_batch_size=training.micro_batch_size,
+            seed=training.seed, collate=collate_answers,
+        )  # fmt: skip
+
+    def loader(self) -> BucketLoader[AnswerBatch]:
+        """Solutions of like length side by side."""
+        return self._loader(self.store)
+
+    def validation(self) -> Sequence[AnswerBatch]:
+        """Every held-out sample once."""
+        return self._loader(self.validation_store).one_pass()
+
+    def data_records(self) -> list[dict[str, Any]]:
+        """Rows, tokens and origin of both sets of solutions."""
+        records = []
+        for split, store in (("train", self.store), ("validation", self.validation_store)):
+            solutions = self._solutions(split)
+            origins = sorted({s["origin"] for s in solutions})
+            counts = ", ".join(f"{sum(s['origin'] == o for s in solutions)} {o}s" for o in origins)
+            records.append(
+                {
+                    "source": f"solutions of the {self.starts_from} policy ({counts})",
+                    "split": split,
+                    "kind": "solutions",
+                    "rows": len(store),
+                    "tokens": store.n_tokens,
+                    "dropped": store.counts.dropped,
+                    "fingerprint": store.fingerprint,
+                }
+            )
+        return records
+
+    def objective(self) -> VerifierObjective:
+        """Token-level correctness and the joint language-model loss."""
+        return VerifierObjective(self.section.lm_coef)
+
+    def build_model(self) -> nn.Module:
+        """The policy's trunk with a fresh scalar head."""
+        torch.manual_seed(derive_seed(self.section.training.seed, "value head"))
+        model = VerifierModel(self.config.model)
+        model.trunk.load_weights(self.policy.weights())
+        return model.to(self.device)
+
+    def audit(self) -> dict[str, Any]:
+        """Share of right solutions, in all and among the policy's own samples."""
+        solutions = self._solutions("train")
+        labels = [s["label"] for s in solutions]
+        own = [s["label"] for s in solutions if s["origin"] == "sample"]
+        if len(set(labels)) < 2:
+            raise DataError(
+                "verifier: all training solutions have the same label; nothing to learn"
+            )
+        return {
+            "solutions": len(labels),
+            "right_share": float(np.mean(labels)),
+            "samples": len(own),
+            "base_rate": float(np.mean(own)),
+        }
+
+    def scores(self, model: nn.Module) -> list[Result]:
+        """AUROC and calibration on the policy's samples for held-out problems."""
+        solutions = self._solutions("validation")
+        scores = score_solutions(
+            model, self.tokenizer, [(s["question"], s["text"]) for s in solutions],
+            batch_size=self.section.training.micro_batch_size,
+            precision=self.section.training.precision,
+        )  # fmt: skip
+        right = [s["label"] == 1 for s in solutions]
+        number = {question: i for i, question in enumerate(self._problems("validation"))}
+        problems = [number[s["question"]] for s in solutions]
+        key = "solutions.validation"
+        return [
+            Score(key, "base_rate", float(np.mean(right)), None, len(right), "right samples"),
+            auroc_score(scores, right, problems, key=key),
+            ece_score(scores, right, problems, key=key),
+        ]
+
+
+def score_solutions(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    solutions: Sequence[tuple[str, str]],
+    *,
+    batch_size: int,
+    precision: str,
+) -> list[float]:
+    """Verifier's score in (0, 1) of each ``(question, solution)``.
+
+    Rows are sorted by length and padded on the right, which a score does not see. A question that
+    leaves no room for its solution is cut from its start.
+    """
+    limit = model.config.max_seq_len
+    prompts = prompts_ids(tokenizer, [question for question, _ in solutions])
+    rows = []
+    for prompt, (_, text) in zip(prompts, solutions, strict=True):
+        answer = answer_ids(tokenizer, text)
+        rows.append(torch.tensor([*truncate_prompt(prompt, limit - len(answer)), *answer]))
+    device = next(model.parameters()).device
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    scores = [0.0] * len(rows)
+    with torch.inference_mode(), autocast(device, precision):
+        for start in range(0, len(order), batch_size):
+            chunk = order[start : start + batch_size]
+            tokens_BT = pad_sequence([rows[i] for i in chunk], batch_first=True)
+            lengths_B = torch.tensor([len(rows[i]) for i in chunk])
+            score_B = model.score(tokens_BT.to(device), lengths_B.to(device))
+            for i, score in zip(chunk, score_B.tolist(), strict=True):
+                scores[i] = score
+    return scores

@@ -1,0 +1,219 @@
+"""The held-out tasks of a config, run on any policy: one suite for the eval stage and comparisons.
+
+Every task uses the template of training. Greedy answers are graded for all policies alike.
+"""
+
+import itertools
+import math
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from modern_llm.alignment.preferences import pair_logprobs
+from modern_llm.alignment.sampling import sample_ids, sample_texts
+from modern_llm.config import PipelineConfig, ReasoningTask, SourceConfig
+from modern_llm.data.collate import collate_pairs
+from modern_llm.data.prepare import pair_store
+from modern_llm.data.sources import open_source
+from modern_llm.data.sources.base import RowCounts
+from modern_llm.data.templates import answer_ids, prompt_text, prompts_ids
+from modern_llm.data.tokenizer import Tokenizer
+from modern_llm.evaluation.baselines import load_baseline
+from modern_llm.evaluation.intervals import bootstrap
+from modern_llm.evaluation.likelihood import Compute, answer_nats
+from modern_llm.evaluation.perplexity import all_protocols
+from modern_llm.evaluation.preference import preference_scores
+from modern_llm.evaluation.reasoning import exact_match
+from modern_llm.evaluation.scores import NotEvaluated, Result, Score
+from modern_llm.evaluation.text_metrics import text_metric
+from modern_llm.evaluation.wikitext import detokenize
+from modern_llm.runtime.devices import autocast, check_precision, resolve_device
+from modern_llm.runtime.logs import get_logger
+
+log = get_logger(__name__)
+SHOWN_PROBLEMS = 3  # problems whose answers are shown beside the config's prompts
+
+
+@dataclass
+class PolicyScores:
+    """What the suite finds for one policy.
+
+    Attributes:
+        results: scores, and what could not be had.
+        samples: rows of task, prompt and text, in the same order for every policy.
+        pair_logprobs: ``(P, 2)`` array of the held-out pairs in nats, the reference of a later DPO policy.
+    """
+
+    results: list[Result] = field(default_factory=list)
+    samples: list[dict[str, str]] = field(default_factory=list)
+    pair_logprobs: Any = None
+
+
+class Suite:
+    """The tasks of ``config.eval``; rows are read once and kept for all policies."""
+
+    def __init__(self, config: PipelineConfig) -> None:
+        self.config, self.tasks = config, config.eval
+        device = resolve_device(self.tasks.device)
+        check_precision(self.tasks.precision, device)
+        self.compute = Compute(device, self.tasks.batch_size, self.tasks.precision)
+
+    def rows(self, source: SourceConfig, split: str, limit: int | None) -> list[dict[str, Any]]:
+        """The first ``limit`` rows of a source's split."""
+        counts = RowCounts(max_bad_rows=self.config.data.max_bad_rows)
+        opened = open_source(source, self.config.data)
+        return list(itertools.islice(opened.rows(split, counts), limit))
+
+    @cached_property
+    def problems(self) -> list[dict[str, Any]]:
+        """Held-out problems: question and worked answer."""
+        task = self.tasks.reasoning
+        return self.rows(task.source, task.split, task.n_problems) if task else []
+
+    def evaluate(
+        self, model: nn.Module, tokenizer: Tokenizer, *, reference: PolicyScores | None = None
+    ) -> PolicyScores:
+        """Run all tasks on one policy.
+
+        Args:
+            model: a decoder on the suite's device.
+            tokenizer: its tokenizer.
+            reference: scores of the model that it was tuned from by DPO; adds the accuracy of
+                the implicit reward.
+        """
+        found = PolicyScores()
+        found.results += self.perplexity(model, tokenizer, model.config.max_seq_len)
+        if self.tasks.reasoning:
+            found.results += self.greedy(model, tokenizer, self.tasks.reasoning)
+        if self.tasks.preference:
+            before = reference.pair_logprobs if reference else None
+            results, found.pair_logprobs = self.preference(model, tokenizer, before)
+            found.results += results
+        found.results += self.text_metrics(model, tokenizer)
+        found.samples = self.samples(model, tokenizer)
+        return found
+
+    def perplexity(self, model: nn.Module, tokenizer: Any, context: int) -> list[Result]:
+        """Every protocol on every text task.
+
+        Args:
+            model: ours, or a baseline behind the same call.
+            tokenizer: its own.
+            context: longest input of the model, in tokens.
+        """
+        results: list[Result] = []
+        for task in self.tasks.perplexity:
+            texts = [row["text"] for row in self.rows(task.source, task.split, task.max_texts)]
+            results += all_protocols(
+                model, tokenizer, texts,
+                key=f"{task.source.name}.{task.split}", context=min(task.context or context, context),
+                compute=self.compute,
+                detokenize=detokenize if task.source.name.startswith("wikitext") else None,
+            )  # fmt: skip
+        return results
+
+    def baseline(self, name: str) -> list[Result]:
+        """Perplexity of a transformers model by the same protocols, or why it cannot be had."""
+        found = load_baseline(name, device=self.compute.device)
+        if isinstance(found, NotEvaluated):
+            return [found]
+        return self.perplexity(found.model, found.tokenizer, found.context)
+
+    def answers(
+        self, model: nn.Module, tokenizer: Tokenizer, prompts: list[Any], max_new_tokens: int
+    ) -> list[str]:
+        """One greedy answer to each prompt."""
+        texts = sample_texts(
+            model, tokenizer, prompts, max_new_tokens=max_new_tokens,
+            precision=self.tasks.precision,
+        )  # fmt: skip
+        return [answers[0] for answers in texts]
+
+    def greedy(self, model: nn.Module, tokenizer: Tokenizer, task: ReasoningTask) -> list[Result]:
+        """Exact match of greedy answers, and bits per byte of the gold answers."""
+        key = f"{task.source.name}.{task.split}"
+        questions = [row["question"] for row in self.problems]
+        gold = [row["answer"] for row in self.problems]
+        answers = self.answers(model, tokenizer, questions, task.max_new_tokens)
+        results = exact_match(gold, answers, key=f"{key}/greedy")
+        prompts = prompts_ids(tokenizer, questions)
+        rows = zip(prompts, (answer_ids(tokenizer, text) for text in gold), strict=True)
+        nats = answer_nats(model, rows, self.compute, max_tokens=model.config.max_seq_len)
+        columns = np.array([(n, len(text.encode())) for n, text in zip(nats, gold, strict=True)])
+        bits = lambda sums: sums[:, 0] / sums[:, 1] / math.log(2)  # noqa: E731
+        value = float(bits(columns.sum(0, keepdims=True))[0])
+        note = "gold answers given their questions; bootstrap over problems"
+        results.append(
+            Score(f"{key}/gold", "bits_per_byte", value, bootstrap(columns, bits), len(gold), note)
+        )
+        return results
+
+    def preference(
+        self, model: nn.Module, tokenizer: Tokenizer, reference_P2: Any | None
+    ) -> tuple[list[Result], Any]:
+        """Accuracy on held-out pairs, and their log-probabilities ``(P, 2)``."""
+        task = self.tasks.preference
+        assert task is not None
+        store = pair_store(
+            [open_source(task.source, self.config.data)], task.split, tokenizer, self.config.data,
+            max_prompt=self.config.dpo.max_prompt_tokens,
+            max_answer=self.config.dpo.max_answer_tokens, max_rows=task.max_pairs,
+        )  # fmt: skip
+        pairs_P2 = np.concatenate(
+            [
+                self._pair_batch(
+                    model, store, range(at, min(at + self.compute.batch_size, len(store)))
+                )
+                for at in range(0, len(store), self.compute.batch_size)
+            ]
+        )
+        lengths = store.lengths()
+        results = preference_scores(
+            pairs_P2[:, 0].tolist(), pairs_P2[:, 1].tolist(),
+            chosen_lengths=lengths[:, 1].tolist(), rejected_lengths=lengths[:, 2].tolist(),
+            key=f"{task.source.name}.{task.split}",
+            reference=None if reference_P2 is None else tuple(reference_P2.T.tolist()),
+        )  # fmt: skip
+        return results, pairs_P2
+
+    def _pair_batch(self, model: nn.Module, store: Any, rows: range) -> Any:
+        batch = collate_pairs(store, list(rows)).to(self.compute.device)
+        with torch.inference_mode(), autocast(self.compute.device, self.compute.precision):
+            return pair_logprobs(model, batch).cpu().numpy()
+
+    def text_metrics(self, model: nn.Module, tokenizer: Tokenizer) -> list[Result]:
+        """Metrics of the ``evaluate`` library on greedy answers."""
+        results: list[Result] = []
+        for task in self.tasks.text_metrics:
+            rows = self.rows(task.source, task.split, task.max_rows)
+            prompts = [row["question"] if "question" in row else row["prompt"] for row in rows]
+            answers = self.answers(model, tokenizer, prompts, task.max_new_tokens)
+            results += text_metric(
+                task.metric, answers, [row["answer"] for row in rows],
+                key=f"{task.source.name}.{task.split}/greedy",
+            )  # fmt: skip
+        return results
+
+    def samples(self, model: nn.Module, tokenizer: Tokenizer) -> list[dict[str, str]]:
+        """Greedy answers to the config's prompts and to a few problems, and continued texts."""
+        questions = [row["question"] for row in self.problems[:SHOWN_PROBLEMS]]
+        shown: list[dict[str, str]] = []
+        for kind, prompts in (("prompt", list(self.tasks.prompts)), ("problem", questions)):
+            if prompts:
+                texts = self.answers(model, tokenizer, prompts, self.tasks.sample_tokens)
+                shown += [
+                    {"task": kind, "prompt": prompt_text(prompt), "text": text}
+                    for prompt, text in zip(prompts, texts, strict=True)
+                ]
+        for text in self.tasks.completions:
+            ids = [[tokenizer.bos_id, *tokenizer.encode(text)]]
+            done = sample_ids(
+                model, tokenizer, ids, temperature=0.8, seeds=[0],
+                max_new_tokens=self.tasks.sample_tokens, precision=self.tasks.precision,
+            )  # fmt: skip
+            shown.append({"task": "completion", "prompt": text, "text": tokenizer.decode(done[0])})
+        return shown
