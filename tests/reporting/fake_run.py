@@ -189,6 +189,14 @@ def reasoning() -> dict[str, Any]:
         "auroc": score("synthetic.test/n8", "auroc", 0.91, 0.012, 1600),
         "ece": score("synthetic.test/n8", "ece", 0.043, 0.01, 1600),
         "reliability": bins, "base_rate": 0.58,
+        "scores": [
+            score("synthetic.test/T0.7", "pass@1", 0.58, 0.06, 200),
+            score("synthetic.test/T0.7", "majority@8", 0.68, 0.06, 200),
+            score("synthetic.test/T0.7", "best_of_8", 0.79, 0.06, 200),
+            score("synthetic.test/T0.7", "best_of_8 - majority", 0.11, 0.06, 200),
+            score("synthetic.test/T0.7", "best_of_8 - pass@1", 0.21, 0.05, 200),
+            score("synthetic.test/n8", "auroc", 0.91, 0.012, 1600),
+        ],
     }  # fmt: skip
 
 

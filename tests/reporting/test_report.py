@@ -65,6 +65,8 @@ def test_numbers_stand_with_interval_and_count(fake: Path, tmp_path: Path) -> No
     ]  # fmt: skip
     assert "90.5 % [86.5, 94.5] (n=400)" in head and "+35.5 points" in head
     assert "79.0 % [73.0, 85.0] (n=200)" in head and "intervals overlap" in head
+    table = section(text, "### Every score by its protocol")
+    assert re.search(r"`best_of_8 - majority` +\| +\| +\| +\| \+11.0 points \[\+5.0,", table)
     stages = section(text, "## All stages")
     assert "1,130,000" in stages and "4.40 [4.34, 4.46] (n=51,200)" in stages
     assert "`synthetic.test/ctx128/stride128`" in stages
@@ -176,14 +178,16 @@ def test_a_parent_that_is_another_checkpoint_is_shouted(fake: Path, tmp_path: Pa
 
 
 def test_paired_differences_decide_where_there_are_some(fake: Path, tmp_path: Path) -> None:
-    value = load(fake / "eval" / "result.json")
-    pair = {"key": "t", "metric": "best_of_8 - majority", "value": 0.11, "ci95": [0.05, 0.17]}
-    value["models"][2]["scores"].append({**pair, "n": 200, "note": "paired"})
-    dump(fake / "eval" / "result.json", value)
-
     head = section(written(fake, tmp_path)[1], "## What each stage gained")
 
     assert "+11.0 points [+5.0, +17.0] (n=200)" in head and "better (paired)" in head
+
+    value = load(fake / "eval" / "result.json")
+    value["reasoning"]["scores"] = []
+    dump(fake / "eval" / "result.json", value)
+    head = section(written(fake, tmp_path)[1], "## What each stage gained")
+    row = next(r for r in head.splitlines() if "before: majority of 8" in r)
+    assert "+11.0 points  " in row and "intervals overlap" in row
 
 
 def test_rebuilding_gives_the_same_bytes(fake: Path, tmp_path: Path) -> None:

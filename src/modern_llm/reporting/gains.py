@@ -30,16 +30,28 @@ LABELS = {
 def stage_scores(run: Run, stage: str) -> list[Score]:
     """Scores of a stage's model: those of the eval stage, then the stage's own."""
     found = [s for model in run.evaluation.models if model.stage == stage for s in model.scores]
-    seen = {(s.metric, s.key) for s in found}
-    own = run.stages[stage].scores if stage in run.stages else ()
-    return found + [s for s in own if (s.metric, s.key) not in seen]
+    found += _reasoning_scores(run.evaluation.reasoning, stage)
+    found += run.stages[stage].scores if stage in run.stages else ()
+    return list({(s.metric, s.key): s for s in reversed(found)}.values())[::-1]
+
+
+def _reasoning_scores(reasoning: Reasoning | None, stage: str) -> list[Score]:
+    """What the samples say: of the verifier where it chose or scored, else of the policy."""
+    if reasoning is None:
+        return []
+    scores = [*reasoning.scores, *(s for s in (reasoning.auroc, reasoning.ece) if s)]
+    chosen = ("best_of", "auroc", "ece")
+    return [
+        score
+        for score in scores
+        if stage == ("verifier" if score.metric.startswith(chosen) else reasoning.policy)
+    ]
 
 
 def scored_stages(run: Run) -> list[str]:
     """Stages whose model has scores, trained stages first and in order."""
-    named = [model.stage for model in run.evaluation.models]
-    stages = [s for s in run.stages if s in named or run.stages[s].scores]
-    return stages + [s for s in dict.fromkeys(named) if s not in stages]
+    names = dict.fromkeys([*run.stages, *(model.stage for model in run.evaluation.models)])
+    return [name for name in names if stage_scores(run, name)]
 
 
 def gains(run: Run) -> list[list[str]]:

@@ -47,7 +47,7 @@ def record_scores(run: Path, ledger: Path) -> int:
 
 
 def score_rows(run: Run) -> Iterator[dict[str, Any]]:
-    """One row for every score of a run's models, its verifier and its baselines."""
+    """One row for every score of a run's models and baselines."""
     evaluated = run.evaluation.provenance
     for name in scored_stages(run):
         stage = run.stages.get(name)
@@ -57,14 +57,6 @@ def score_rows(run: Run) -> Iterator[dict[str, Any]]:
             yield _row(run, name, told, score) | {
                 "checkpoint_sha256": made,
                 "data_sha256": data_hash(run, name),
-            }
-    reasoning = run.evaluation.reasoning
-    for extra in (reasoning.auroc, reasoning.ece) if reasoning else ():
-        if extra is not None:
-            verifier = run.stages["verifier"].checkpoint
-            yield _row(run, "verifier", evaluated, extra) | {
-                "checkpoint_sha256": verifier.sha256 if verifier else "",
-                "data_sha256": data_hash(run, "verifier"),
             }
     for name, scores in run.evaluation.baselines:
         for score in scores:

@@ -246,4 +246,5 @@ def _reasoning(fields: Fields) -> Reasoning | None:
         ece=_score(fields.fields("ece")),
         bins=tuple(bins),
         base_rate=fields.number("base_rate"),
+        scores=_scores(fields),
     )

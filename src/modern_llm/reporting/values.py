@@ -151,6 +151,7 @@ class Reasoning:
     ece: Score | None
     bins: tuple[Bin, ...]
     base_rate: float | None
+    scores: tuple[Score, ...] = ()
 
 
 @dataclass(frozen=True)
