@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from modern_llm.evaluation.wikitext import count_words, detokenize, pages
+from modern_llm.data.sources.corpora import wikitext_pages
+from modern_llm.evaluation.wikitext import count_words, detokenize
 
 DATA = Path(
     os.environ.get("MODERN_LLM_DATA") or Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -22,15 +23,6 @@ def test_detokenize() -> None:
     )
 
 
-def test_pages() -> None:
-    text = " \n = A = \n \n one \n = = B = = \n two \n = C = \n three \n"
-    assert list(pages(text.split("\n"))) == [
-        " = A = \n \n one \n = = B = = \n two ",
-        " = C = \n three \n",
-    ]
-    assert list(pages([])) == []
-
-
 @pytest.mark.parametrize(
     ("name", "n_pages", "n_words", "n_bytes", "digest"),
     [
@@ -45,10 +37,8 @@ def test_wikitext2(name: str, n_pages: int, n_words: int, n_bytes: int, digest: 
     file = DATA / "wikitext2" / name
     if not file.is_file():
         pytest.skip(f"{file} is not there")
-    with file.open(encoding="utf-8", newline="") as lines:
-        found = list(pages(line.removesuffix("\n") for line in lines))
-    # the harness keeps the empty piece after the last newline; it ends the last page
-    found[-1] += "\n"
+    with file.open(encoding="utf-8", newline="\n") as lines:
+        found = list(wikitext_pages(lines))
     assert len(found) == n_pages
     assert sum(map(count_words, found)) == n_words
     assert sum(len(page.encode()) for page in found) == n_bytes

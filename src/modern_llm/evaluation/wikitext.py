@@ -1,11 +1,10 @@
-"""WikiText as lm-evaluation-harness sees it: pages, and its detokenizer.
+"""WikiText as lm-evaluation-harness scores it: its detokenizer and its count of words.
 
 The task ``wikitext`` (version 2.0) scores each detokenized page and divides by the words and bytes
 of the page as it was. Its definition is followed here, with its quirks.
 """
 
 import re
-from collections.abc import Iterable, Iterator
 
 _FIXED = (  # in this order
     ("s '", "s'"),
@@ -35,24 +34,6 @@ _LAST = (
     (" N ", " 1 "),
     (" 's", "'s"),
 )
-
-
-def pages(lines: Iterable[str]) -> Iterator[str]:
-    """Split WikiText into pages at its top-level headings ``= Title =``, one page in memory.
-
-    Args:
-        lines: lines of a split, each without its newline.
-    """
-    page: list[str] = []
-    for line in lines:
-        heading = line.replace("= = =", "===").replace("= =", "==").strip()
-        if heading.startswith("= ") and heading.endswith(" ="):
-            if any(kept.strip() for kept in page):
-                yield "\n".join(page)
-            page = []
-        page.append(line)
-    if any(kept.strip() for kept in page):
-        yield "\n".join(page)
 
 
 def detokenize(page: str) -> str:
