@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from fractions import Fraction
 
-from modern_llm.data.draws import below, shuffle
+from modern_llm.data.draws import shuffle
 from modern_llm.errors import DataError
 
 _NUMBER = r"(?<![\w.])\d[\d,]*(?:\.\d+)?"
@@ -45,6 +45,7 @@ def corrupt_solution(answer: str, rng: random.Random) -> str:
     if final is None:
         raise DataError("a solution needs a last line '#### number' to be corrupted")
     right = _number(final.group(1))
+    assert right is not None  # the pattern is a number
     steps = [m for m in _EQUATION.finditer(answer) if m.start() < final.start()]
     shuffle(rng, steps)
     for step in steps:
@@ -52,30 +53,35 @@ def corrupt_solution(answer: str, rng: random.Random) -> str:
         shown = _number(step.group("rhs").replace("$", ""))
         if shown is None:
             continue
-        # In <<a*b=c>>c the result follows at once and is replaced with the rest of the text.
-        wrong = {abs(shown): abs(_near(shown, rng))}
-        text = answer[:start] + _carry(answer[start:], wrong)
-        changed = _FINAL.search(text)
-        if changed is not None and _number(changed.group(1)) != right:
-            return text
-    assert right is not None  # the pattern is a number
-    number = _written(_near(right, rng), like=final.group(1))  # no step leads to the result
-    return answer[: final.start(1)] + number + answer[final.end(1) :]
+        for slip in _slips(shown, rng):
+            # In <<a*b=c>>c the result follows at once and is replaced with the rest of the text.
+            rest = _carry(answer[start:], {abs(shown): slip})
+            changed = _FINAL.search(rest or "")
+            if rest and changed is not None and _number(changed.group(1)) != right:
+                return answer[:start] + rest
+    # No step leads to the result: the last mention of it is wrong.
+    wrong = {abs(right): _slips(right, rng)[0]}
+    mentions = [m for m in _TOKEN.finditer(answer, 0, final.start()) if _number(m.group()) == right]
+    start = mentions[-1].start() if mentions else final.start(1)
+    return answer[:start] + _TOKEN.sub(lambda m: _substituted(m.group(), wrong), answer[start:])
 
 
-def _near(value: Fraction, rng: random.Random) -> Fraction:
-    """A number that a slip would give: off by one, two or ten, or with two digits swapped."""
-    offsets = [1, 2, 10, -1, -2, -10]
-    candidates = [value + offset for offset in offsets if value + offset > 0]
+def _slips(value: Fraction, rng: random.Random) -> list[Fraction]:
+    """Numbers above 0 that slips would give: off by one, two or ten, or with digits swapped."""
+    slips = [size + offset for offset in (1, 2, 10, -1, -2, -10) if (size := abs(value)) > -offset]
     digits = str(abs(value.numerator))
     if value.denominator == 1 and len(digits) > 1 and digits[-1] != digits[-2]:
         swapped = Fraction(int(digits[:-2] + digits[-1] + digits[-2]))
-        candidates += [swapped] * 2 if swapped > 0 else []
-    return candidates[below(rng, len(candidates))]
+        slips += [swapped] * 2  # as often as being off by one
+    shuffle(rng, slips)
+    return slips
 
 
-def _carry(text: str, wrong: dict[Fraction, Fraction]) -> str:
-    """Rewrite ``text`` with the wrong numbers put in and later steps computed from them."""
+def _carry(text: str, wrong: dict[Fraction, Fraction]) -> str | None:
+    """Rewrite ``text`` with the wrong numbers put in and later steps computed from them.
+
+    Returns ``None`` when a step's result would fall below zero, which gives the slip away.
+    """
     out, at = [], 0
     for match in re.finditer(f"{_EQUATION.pattern}|{_NUMBER}", text):
         out.append(text[at : match.start()])
@@ -88,7 +94,9 @@ def _carry(text: str, wrong: dict[Fraction, Fraction]) -> str:
         rhs = match.group("rhs")
         before, after = _value(match.group("lhs")), _value(lhs)
         shown = _number(rhs.replace("$", ""))
-        if after is not None and before != after and before == shown and before is not None:
+        if after is not None and before is not None and before != after and before == shown:
+            if after < 0 <= before:
+                return None
             wrong[abs(before)] = abs(after)
             rhs = ("$" if "$" in rhs else "") + _written(after, like=rhs)
         out += [lhs, middle, rhs]
