@@ -1,7 +1,7 @@
 """The chain of stages: which folder, which parents, preflight, restart, report."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from modern_llm.alignment.preflight import Preflight
 from modern_llm.alignment.stages import STAGES, Stage
 from modern_llm.config import STAGES as STAGE_ORDER
 from modern_llm.config import PipelineConfig
-from modern_llm.errors import CheckpointError, ConfigError, ProtectedPathError
+from modern_llm.errors import ConfigError, ProtectedPathError
 from modern_llm.runtime.artifacts import Policy, back_up, locked, new_folder, write_json
 from modern_llm.runtime.environment import environment
 from modern_llm.runtime.logs import get_logger
@@ -37,6 +37,7 @@ class AlignmentPipeline:
             a new folder beside it, ``skip`` nothing, ``replace`` start again (a backup is kept).
         resume: go on with a run that exists, or refuse.
         allow_data_change: go on with a stopped stage although its data is not what it was.
+        origin: ``preset`` and ``command`` that the run was started with, for its record.
     """
 
     def __init__(
@@ -46,11 +47,13 @@ class AlignmentPipeline:
         on_exists: Policy = "timestamp",
         resume: bool = False,
         allow_data_change: bool = False,
+        origin: Mapping[str, str] | None = None,
     ) -> None:
         self.config = config
         self.on_exists = on_exists
         self.resume = resume
         self.allow_data_change = allow_data_change
+        self.origin = dict(origin or {})
 
     def preflight(self, stage: str = "all", *, checkpoint: Path | None = None) -> Preflight:
         """Look for every mistake that can be found before compute is spent; writes nothing."""
@@ -103,13 +106,10 @@ class AlignmentPipeline:
         return True
 
     def _parent(self, run: Path, name: str, checkpoint: Path | None) -> Path | None:
-        before = STAGES[name].starts_from  # type: ignore[attr-defined]
+        before: str | None = STAGES[name].starts_from  # type: ignore[attr-defined]
         if checkpoint is not None or before is None:
             return checkpoint
-        final = run / before / "final"
-        if not final.exists():
-            raise CheckpointError(missing_parent(name, before, final))
-        return final
+        return run / before / "final"
 
     def _standing(self) -> Path | None:
         """The folder of this very config, if it ran before: the newest of its name."""
@@ -144,17 +144,9 @@ class AlignmentPipeline:
             run / "config.json", self.config.model_dump(mode="json"), on_exists="skip"
         )
         if written is not None:
-            write_json(run / "environment.json", environment(), on_exists="skip")
+            write_json(run / "environment.json", {**environment(), **self.origin}, on_exists="skip")
         elif _config_hash(run) != self.config.sha256():
             raise ProtectedPathError(f"{run}: another run took this folder; start again")
-
-
-def missing_parent(stage: str, before: str, final: Path) -> str:
-    """Message for a stage whose parent is not there."""
-    return (
-        f"stage {stage} starts from the {before} checkpoint, and {final} is not there; "
-        f"run --stage {before} first, or give --checkpoint PATH"
-    )
 
 
 def _config_hash(run: Path) -> str | None:

@@ -21,7 +21,8 @@ def print_plan(config: PipelineConfig, preflight: Preflight) -> int:
         f"[bold]{config.name}[/]: {cost.params / 1e6:,.1f} M parameters "
         f"({cost.embedding_params / 1e6:,.1f} M embedding), "
         f"{model.n_layers} layers, {model.n_heads}/{model.n_kv_heads} heads, {model.d_model} wide, "
-        f"context {model.max_seq_len}; {cost.flops_per_token_training / 1e6:,.1f} MFLOPs a trained token"
+        f"context {model.max_seq_len}; "
+        f"{cost.flops_per_token_training / 1e6:,.1f} MFLOPs a trained token"
     )
     if preflight.trained:
         table = Table("stage", "steps", "rows/step", "tokens/row", "tokens", "FLOPs", "hours")
@@ -33,8 +34,9 @@ def print_plan(config: PipelineConfig, preflight: Preflight) -> int:
             )  # fmt: skip
         out.print(table)
         out.print(
-            f"tokens count padding; hours at {ASSUMED_MFU:.0%} of the device's peak (an assumption; "
-            "sampling and evaluation come on top; n/a: peak unknown or device not here)"
+            f"tokens count padding; hours at {ASSUMED_MFU:.0%} of the device's peak "
+            "(an assumption; sampling and evaluation come on top; "
+            "n/a: peak unknown or device not here)"
         )
         out.print(
             f"memory: {preflight.state_gb():.2f} GB of weights, gradients and optimizer state, "

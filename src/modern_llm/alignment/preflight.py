@@ -111,7 +111,7 @@ class Preflight:
                     tokens,
                     flops,
                     hours,
-                )  # fmt: skip
+                )
             )
         return plans
 
@@ -151,9 +151,9 @@ class Preflight:
             yield from (*section.data, *(section.validation or ()))
         if "eval" in self.stages:
             tasks = self.config.eval
-            optional = (tasks.reasoning, tasks.preference)
-            for task in (*tasks.perplexity, *tasks.text_metrics, *filter(None, optional)):
-                yield task.source
+            yield from (task.source for task in tasks.perplexity)
+            yield from (task.source for task in tasks.text_metrics)
+            yield from (task.source for task in (tasks.reasoning, tasks.preference) if task)
 
     def _check_parent(self) -> None:
         """The first stage has its parent, and the parent is of the config's architecture."""

@@ -2,11 +2,9 @@
 
 from collections.abc import Sequence
 
-from torch import nn
-
 from modern_llm.data.templates import Prompt, prompt_text, prompts_ids, truncate_prompt
 from modern_llm.data.tokenizer import Tokenizer
-from modern_llm.models.generate import generate
+from modern_llm.models import ModernDecoderLM, generate
 from modern_llm.runtime.devices import autocast
 from modern_llm.runtime.seeding import derive_seed
 
@@ -14,7 +12,7 @@ SAMPLE_BATCH = 256  # rows that are decoded together
 
 
 def sample_ids(
-    model: nn.Module,
+    model: ModernDecoderLM,
     tokenizer: Tokenizer,
     rows: list[list[int]],
     *,
@@ -35,7 +33,7 @@ def sample_ids(
 
 
 def sample_texts(
-    model: nn.Module,
+    model: ModernDecoderLM,
     tokenizer: Tokenizer,
     prompts: Sequence[Prompt],
     *,

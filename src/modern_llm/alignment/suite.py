@@ -4,7 +4,6 @@ Every task uses the template of training. Greedy answers are graded for all poli
 """
 
 import itertools
-import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -23,14 +22,14 @@ from modern_llm.data.sources.base import RowCounts
 from modern_llm.data.templates import answer_ids, prompt_text, prompts_ids
 from modern_llm.data.tokenizer import Tokenizer
 from modern_llm.evaluation.baselines import load_baseline
-from modern_llm.evaluation.intervals import bootstrap
-from modern_llm.evaluation.likelihood import Compute, answer_nats
-from modern_llm.evaluation.perplexity import all_protocols
+from modern_llm.evaluation.likelihood import Compute, answer_bits_per_byte
+from modern_llm.evaluation.perplexity import all_protocols, perplexity
 from modern_llm.evaluation.preference import preference_scores
 from modern_llm.evaluation.reasoning import exact_match
-from modern_llm.evaluation.scores import NotEvaluated, Result, Score
+from modern_llm.evaluation.scores import NotEvaluated, Result
 from modern_llm.evaluation.text_metrics import text_metric
 from modern_llm.evaluation.wikitext import detokenize
+from modern_llm.models import ModernDecoderLM
 from modern_llm.runtime.devices import autocast, check_precision, resolve_device
 from modern_llm.runtime.logs import get_logger
 
@@ -45,7 +44,8 @@ class PolicyScores:
     Attributes:
         results: scores, and what could not be had.
         samples: rows of task, prompt and text, in the same order for every policy.
-        pair_logprobs: ``(P, 2)`` array of the held-out pairs in nats, the reference of a later DPO policy.
+        pair_logprobs: ``(P, 2)`` array of the held-out pairs in nats: the reference of
+            the DPO policy that comes after.
     """
 
     results: list[Result] = field(default_factory=list)
@@ -75,7 +75,7 @@ class Suite:
         return self.rows(task.source, task.split, task.n_problems) if task else []
 
     def evaluate(
-        self, model: nn.Module, tokenizer: Tokenizer, *, reference: PolicyScores | None = None
+        self, model: ModernDecoderLM, tokenizer: Tokenizer, *, reference: PolicyScores | None = None
     ) -> PolicyScores:
         """Run all tasks on one policy.
 
@@ -108,12 +108,19 @@ class Suite:
         results: list[Result] = []
         for task in self.tasks.perplexity:
             texts = [row["text"] for row in self.rows(task.source, task.split, task.max_texts)]
+            key = f"{task.source.name}.{task.split}"
+            window = min(task.context or context, context)
+            pages = task.source.name.startswith("wikitext")
             results += all_protocols(
-                model, tokenizer, texts,
-                key=f"{task.source.name}.{task.split}", context=min(task.context or context, context),
-                compute=self.compute,
-                detokenize=detokenize if task.source.name.startswith("wikitext") else None,
+                model, tokenizer,
+                ["".join(texts)] if pages else texts,  # as published: WikiText is one stretch
+                key=key, context=window, compute=self.compute,
             )  # fmt: skip
+            if pages:
+                results += perplexity(
+                    model, tokenizer, texts,
+                    key=key, context=window, compute=self.compute, detokenize=detokenize,
+                )  # fmt: skip
         return results
 
     def baseline(self, name: str) -> list[Result]:
@@ -124,7 +131,7 @@ class Suite:
         return self.perplexity(found.model, found.tokenizer, found.context)
 
     def answers(
-        self, model: nn.Module, tokenizer: Tokenizer, prompts: list[Any], max_new_tokens: int
+        self, model: ModernDecoderLM, tokenizer: Tokenizer, prompts: list[Any], max_new_tokens: int
     ) -> list[str]:
         """One greedy answer to each prompt."""
         texts = sample_texts(
@@ -133,7 +140,9 @@ class Suite:
         )  # fmt: skip
         return [answers[0] for answers in texts]
 
-    def greedy(self, model: nn.Module, tokenizer: Tokenizer, task: ReasoningTask) -> list[Result]:
+    def greedy(
+        self, model: ModernDecoderLM, tokenizer: Tokenizer, task: ReasoningTask
+    ) -> list[Result]:
         """Exact match of greedy answers, and bits per byte of the gold answers."""
         key = f"{task.source.name}.{task.split}"
         questions = [row["question"] for row in self.problems]
@@ -141,16 +150,12 @@ class Suite:
         answers = self.answers(model, tokenizer, questions, task.max_new_tokens)
         results = exact_match(gold, answers, key=f"{key}/greedy")
         prompts = prompts_ids(tokenizer, questions)
-        rows = zip(prompts, (answer_ids(tokenizer, text) for text in gold), strict=True)
-        nats = answer_nats(model, rows, self.compute, max_tokens=model.config.max_seq_len)
-        columns = np.array([(n, len(text.encode())) for n, text in zip(nats, gold, strict=True)])
-        bits = lambda sums: sums[:, 0] / sums[:, 1] / math.log(2)  # noqa: E731
-        value = float(bits(columns.sum(0, keepdims=True))[0])
-        note = "gold answers given their questions; bootstrap over problems"
-        results.append(
-            Score(f"{key}/gold", "bits_per_byte", value, bootstrap(columns, bits), len(gold), note)
-        )
-        return results
+        rows = [(ids, answer_ids(tokenizer, text)) for ids, text in zip(prompts, gold, strict=True)]
+        gold_bits = answer_bits_per_byte(
+            model, rows, [len(text.encode()) for text in gold], self.compute,
+            key=f"{key}/gold+eos", max_tokens=model.config.max_seq_len,
+        )  # fmt: skip
+        return [*results, gold_bits]
 
     def preference(
         self, model: nn.Module, tokenizer: Tokenizer, reference_P2: Any | None
@@ -185,7 +190,7 @@ class Suite:
         with torch.inference_mode(), autocast(self.compute.device, self.compute.precision):
             return pair_logprobs(model, batch).cpu().numpy()
 
-    def text_metrics(self, model: nn.Module, tokenizer: Tokenizer) -> list[Result]:
+    def text_metrics(self, model: ModernDecoderLM, tokenizer: Tokenizer) -> list[Result]:
         """Metrics of the ``evaluate`` library on greedy answers."""
         results: list[Result] = []
         for task in self.tasks.text_metrics:
@@ -198,7 +203,7 @@ class Suite:
             )  # fmt: skip
         return results
 
-    def samples(self, model: nn.Module, tokenizer: Tokenizer) -> list[dict[str, str]]:
+    def samples(self, model: ModernDecoderLM, tokenizer: Tokenizer) -> list[dict[str, str]]:
         """Greedy answers to the config's prompts and to a few problems, and continued texts."""
         questions = [row["question"] for row in self.problems[:SHOWN_PROBLEMS]]
         shown: list[dict[str, str]] = []

@@ -235,12 +235,13 @@ class JsonLines:
     def _repair(self) -> None:
         whole = 0
         with _io_told(self.path), self.path.open("r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # nobody appends between reading and cutting
             for line in file:
                 if not line.endswith(b"\n"):
+                    file.truncate(whole)
                     break
                 whole += len(line)
                 self._remember(json.loads(line))
-            file.truncate(whole)
 
     def _remember(self, row: dict[str, Any]) -> None:
         if row.get("kind") in ("train", "eval", "sample") and "step" in row:

@@ -32,7 +32,8 @@ from modern_llm.runtime.environment import environment, utc_now
 from modern_llm.runtime.logs import get_logger
 from modern_llm.training.checkpoint import Checkpoint, load_model_weights, read_checkpoint
 from modern_llm.training.objectives import Objective
-from modern_llm.training.trainer import FirstLoss, FitResult, Trainer
+from modern_llm.training.records import FirstLoss, FitResult
+from modern_llm.training.trainer import Trainer
 from modern_llm.training.validation import mean_loss
 
 STAGES: Registry = Registry("stage")
@@ -166,7 +167,7 @@ class TrainedStage(Stage):
         return Tokenizer.load(self.parent.tokenizer_path)
 
     @abstractmethod
-    def loader(self) -> Loader:
+    def loader(self) -> Loader[Any]:
         """Training batches as a function of the step."""
 
     @abstractmethod
@@ -198,7 +199,7 @@ class TrainedStage(Stage):
         """What the very first loss must be."""
         return None
 
-    def scores(self, model: nn.Module) -> list[Result]:
+    def scores(self, model: Any) -> list[Result]:
         """Held-out scores of the trained model beyond the validation loss."""
         return []
 

@@ -5,7 +5,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from modern_llm.alignment.preferences import DPOObjective, pair_logprobs
 from modern_llm.alignment.reference import reference_logprobs
@@ -20,8 +20,9 @@ from modern_llm.evaluation.intervals import bootstrap_mean
 from modern_llm.evaluation.likelihood import Compute, answer_nats
 from modern_llm.evaluation.preference import preference_scores
 from modern_llm.evaluation.scores import Result, Score
+from modern_llm.models import ModernDecoderLM
 from modern_llm.runtime.devices import autocast
-from modern_llm.training.trainer import FirstLoss
+from modern_llm.training.records import FirstLoss
 
 FIRST_LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 5e-3}  # nats; rounding of the forward
 KL_PROMPTS = 64  # held-out prompts that the policy answers for the estimate
@@ -79,9 +80,10 @@ class DPOStage(TrainedStage):
         """Summaries of both stores."""
         return [*self.store.sources, *self.validation_store.sources]
 
-    def build_model(self) -> nn.Module:
-        """The SFT model without dropout: the reference has none either."""
-        return super().build_model().eval()
+    def build_model(self) -> ModernDecoderLM:
+        """The SFT model, left in eval mode: no dropout, as in the reference."""
+        assert self.parent is not None
+        return load_policy(self.parent, self.device, self.config.model)
 
     def _reference(self, store: TokenStore) -> Tensor:
         assert self.parent is not None
@@ -115,7 +117,7 @@ class DPOStage(TrainedStage):
         expected = self.objective().at_reference()
         return FirstLoss(expected, tolerance, "the policy is the reference", refuse=True)
 
-    def scores(self, model: nn.Module) -> list[Result]:
+    def scores(self, model: ModernDecoderLM) -> list[Result]:
         """Held-out accuracy beside the longer-answer baseline, and KL to the reference."""
         reference_P2 = self._validation_reference
         policy_P2 = torch.empty_like(reference_P2)
@@ -131,7 +133,7 @@ class DPOStage(TrainedStage):
         )  # fmt: skip
         return [*results, self.kl(model)]
 
-    def kl(self, model: nn.Module) -> Score:
+    def kl(self, model: ModernDecoderLM) -> Score:
         """KL(policy || reference) of whole answers in nats, estimated on the policy's samples."""
         assert self.parent is not None
         room = model.config.max_seq_len - self.section.max_answer_tokens

@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-from torch import nn
-
 from modern_llm.alignment.sampling import sample_texts
 from modern_llm.alignment.stages.base import STAGES, Stage, load_policy
 from modern_llm.alignment.stages.verifier import load_verifier, score_solutions
@@ -18,6 +16,7 @@ from modern_llm.data.tokenizer import Tokenizer
 from modern_llm.errors import CheckpointError
 from modern_llm.evaluation.reasoning import grade_samples, reasoning_report
 from modern_llm.evaluation.scores import split_results
+from modern_llm.models import ModernDecoderLM
 from modern_llm.runtime.artifacts import write_json
 from modern_llm.runtime.devices import set_threads
 from modern_llm.runtime.logs import get_logger
@@ -55,7 +54,7 @@ class EvalStage(Stage):
         models: list[dict[str, Any]] = []
         missing: list[dict[str, Any]] = []
         before: PolicyScores | None = None
-        policy: nn.Module | None = None
+        policy: ModernDecoderLM | None = None
         for stage in policies:
             log.info("eval: %s", stage)
             tokenizer = Tokenizer.load(found[stage].tokenizer_path)
@@ -94,7 +93,7 @@ class EvalStage(Stage):
         suite: Suite,
         found: dict[str, Checkpoint],
         stage: str,
-        policy: nn.Module | None,
+        policy: ModernDecoderLM | None,
     ) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
         """Choice among N samples of the last policy, by the verifier where there is one."""
         task = self.config.eval.reasoning

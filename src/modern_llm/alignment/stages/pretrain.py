@@ -17,7 +17,7 @@ from modern_llm.data.tokenizer import Tokenizer, build_tokenizer
 from modern_llm.models import ModernDecoderLM
 from modern_llm.runtime.seeding import derive_seed, seed_everything
 from modern_llm.training.objectives import LMObjective, Objective
-from modern_llm.training.trainer import FirstLoss
+from modern_llm.training.records import FirstLoss
 
 FIRST_LOSS_TOLERANCE = 0.5  # nats around ln V
 

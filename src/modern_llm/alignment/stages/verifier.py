@@ -32,7 +32,7 @@ from modern_llm.errors import DataError
 from modern_llm.evaluation.answers import grade
 from modern_llm.evaluation.calibration import auroc_score, ece_score
 from modern_llm.evaluation.scores import Result, Score
-from modern_llm.models import VerifierModel
+from modern_llm.models import ModernDecoderLM, VerifierModel
 from modern_llm.runtime.artifacts import sha256_json, write_text
 from modern_llm.runtime.devices import autocast
 from modern_llm.runtime.logs import get_logger
@@ -147,7 +147,7 @@ class VerifierStage(TrainedStage):
         return problems
 
     @cached_property
-    def policy(self) -> nn.Module:
+    def policy(self) -> ModernDecoderLM:
         """The model whose samples are judged."""
         assert self.parent is not None
         return load_policy(self.parent, self.device, self.config.model)
@@ -238,7 +238,7 @@ class VerifierStage(TrainedStage):
         """Token-level correctness and the joint language-model loss."""
         return VerifierObjective(self.section.lm_coef)
 
-    def build_model(self) -> nn.Module:
+    def build_model(self) -> VerifierModel:
         """The policy's trunk with a fresh scalar head."""
         torch.manual_seed(derive_seed(self.section.training.seed, "value head"))
         model = VerifierModel(self.config.model)
@@ -261,7 +261,7 @@ class VerifierStage(TrainedStage):
             "base_rate": float(np.mean(own)),
         }
 
-    def scores(self, model: nn.Module) -> list[Result]:
+    def scores(self, model: VerifierModel) -> list[Result]:
         """AUROC and calibration on the policy's samples for held-out problems."""
         solutions = self._solutions("validation")
         scores = score_solutions(
@@ -281,7 +281,7 @@ class VerifierStage(TrainedStage):
 
 
 def score_solutions(
-    model: nn.Module,
+    model: VerifierModel,
     tokenizer: Tokenizer,
     solutions: Sequence[tuple[str, str]],
     *,
