@@ -39,8 +39,8 @@ class KVCache:
         device: torch.device,
     ) -> None:
         shape = (n_layers, batch, n_kv_heads, max_len, head_size)
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self.k = torch.empty(shape, dtype=dtype, device=device)
+        self.v = torch.empty(shape, dtype=dtype, device=device)
         self.length = 0
         self.pad_B: Tensor | None = None
 

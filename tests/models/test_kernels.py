@@ -1,0 +1,131 @@
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from modern_llm.models.kernels import KERNELS
+
+
+def reference_attention(
+    q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, bias_NTS: Tensor, sink_N: Tensor | None
+) -> Tensor:
+    """exp(logit) / (exp(sink) + sum exp(logit)) v in float64, one row and one head at a time."""
+    rows, heads = q_BNTH.shape[:2]
+    group = heads // k_BKSH.shape[1]
+    out_BNTH = torch.empty_like(q_BNTH, dtype=torch.float64)
+    for b, n in itertools.product(range(rows), range(heads)):
+        q_TH, k_SH, v_SH = (
+            x.double() for x in (q_BNTH[b, n], k_BKSH[b, n // group], v_BKSH[b, n // group])
+        )
+        weight_TS = (q_TH @ k_SH.T / math.sqrt(q_TH.shape[-1]) + bias_NTS[n].double()).exp()
+        total_T = weight_TS.sum(-1)
+        if sink_N is not None:
+            total_T = total_T + sink_N[n].double().exp()
+        out_BNTH[b, n] = weight_TS / total_T[:, None] @ v_SH
+    return out_BNTH
+
+
+def inputs(n_kv_heads: int, n_keys: int = 7) -> tuple[Tensor, ...]:
+    rng = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 4, 5, 8, generator=rng)
+    k, v = torch.randn(2, 2, n_kv_heads, n_keys, 8, generator=rng)
+    bias = torch.randn(4, 5, n_keys, generator=rng)
+    bias += torch.full((5, n_keys), -math.inf).triu(1 + n_keys - 5)
+    return q, k, v, bias, torch.randn(4, generator=rng)
+
+
+@pytest.mark.parametrize("with_sink", [False, True])
+@pytest.mark.parametrize("n_kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("name", sorted(KERNELS))
+def test_kernel_matches_float64_reference(name: str, n_kv_heads: int, with_sink: bool) -> None:
+    q, k, v, bias, sink = inputs(n_kv_heads)
+    sink_N = sink if with_sink else None
+    actual = KERNELS.build(name)(q, k, v, bias, sink_N=sink_N)
+    expected = reference_attention(q, k, v, bias, sink_N).float()
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("with_sink", [False, True])
+@pytest.mark.parametrize("n_kv_heads", [2, 4])
+@pytest.mark.parametrize("name", sorted(KERNELS))
+def test_causal_matches_float64_reference(name: str, n_kv_heads: int, with_sink: bool) -> None:
+    q, k, v, _, sink = inputs(n_kv_heads, n_keys=5)
+    causal = torch.full((4, 5, 5), -math.inf).triu(1)
+    sink_N = sink if with_sink else None
+    actual = KERNELS.build(name)(q, k, v, is_causal=True, sink_N=sink_N)
+    expected = reference_attention(q, k, v, causal, sink_N).float()
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("with_sink", [False, True])
+@pytest.mark.parametrize("n_kv_heads", [2, 4])
+@pytest.mark.parametrize("name", sorted(KERNELS))
+def test_gradients_match_float64_reference(name: str, n_kv_heads: int, with_sink: bool) -> None:
+    """For queries, keys, values and the sink; with no attention bias and with one."""
+    q, k, v, bias, sink = inputs(n_kv_heads)
+    weight = torch.randn(q.shape, generator=torch.Generator().manual_seed(1))
+    grads = []
+    for kernel in (
+        lambda q, k, v, s: KERNELS.build(name)(q, k, v, bias, sink_N=s),
+        lambda q, k, v, s: reference_of(q, k, v, bias, s),
+    ):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v, *([sink] if with_sink else []))]
+        out = kernel(*leaves[:3], leaves[3] if with_sink else None)
+        grads.append(torch.autograd.grad((out * weight).sum(), leaves))
+    for actual, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def reference_of(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, sink_N: Tensor | None) -> Tensor:
+    """The reference, differentiable: all heads at once, float64."""
+    group = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(group, 1).double() for x in (k, v))
+    weight = (q.double() @ k.mT / math.sqrt(q.shape[-1]) + bias).exp()
+    total = weight.sum(-1, keepdim=True)
+    if sink_N is not None:
+        total = total + sink_N.double().exp()[:, None, None]
+    return weight / total @ v
+
+
+def test_sink_takes_attention_away() -> None:
+    q, k, v, bias, _ = inputs(4)
+    for name in KERNELS:
+        out = KERNELS.build(name)(q, k, v, bias, sink_N=torch.full((4,), 50.0))
+        assert out.abs().max() < 1e-6
+
+
+def test_sink_equals_gpt_oss() -> None:
+    module = pytest.importorskip("transformers.models.gpt_oss.modeling_gpt_oss")
+
+    class Layer(torch.nn.Module):
+        num_key_value_groups = 2
+        training = False
+
+    layer = Layer()
+    q, k, v, bias, sink = inputs(2)
+    layer.sinks = torch.nn.Parameter(sink)
+    expected, _ = module.eager_attention_forward(layer, q, k, v, bias[None], scaling=8**-0.5)
+    for name in KERNELS:
+        actual = KERNELS.build(name)(q, k, v, bias, sink_N=sink).transpose(1, 2)
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", sorted(KERNELS))
+def test_dropout_keeps_the_expectation(name: str) -> None:
+    torch.manual_seed(0)
+    q, k, v, bias, _ = inputs(4)
+    kernel = KERNELS.build(name)
+    mean = torch.stack([kernel(q, k, v, bias, dropout=0.5) for _ in range(2000)]).mean(0)
+    torch.testing.assert_close(mean, kernel(q, k, v, bias), rtol=0, atol=0.2)
+
+
+def test_bfloat16_stays_bfloat16_and_near() -> None:
+    q, k, v, bias, sink = inputs(2)
+    for name, sink_N in itertools.product(KERNELS, (None, sink)):
+        args = (x.bfloat16() for x in (q, k, v))
+        actual = KERNELS.build(name)(*args, bias.bfloat16(), sink_N=sink_N)
+        assert actual.dtype is torch.bfloat16
+        expected = reference_attention(q, k, v, bias, sink_N)
+        torch.testing.assert_close(actual.double(), expected, rtol=0.05, atol=0.05)
