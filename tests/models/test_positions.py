@@ -44,7 +44,9 @@ def test_rope_gradient_is_that_of_finite_differences() -> None:
     rope = RoPE(DIMS)
     rope.cos_sin = rope.cos_sin.double()
     x = torch.randn(1, 3, 2, 8, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: rope.rotate(x, rope.prepare(torch.arange(3)[None])), x)
+    assert torch.autograd.gradcheck(
+        lambda x: rope.rotate(x, rope.prepare(torch.arange(3)[None])), x
+    )
 
 
 @pytest.mark.parametrize("cast", [lambda m: m.to(torch.bfloat16), lambda m: m.half()])
@@ -53,7 +55,12 @@ def test_no_cast_reaches_rope_angles(cast) -> None:
     config = ModelConfig(vocab_size=11, d_model=24, n_layers=1, n_heads=3, max_seq_len=2048)
     model = ModernDecoderLM(config)
     before = model.position.cos_sin.clone()
-    assert model.position.rotate(torch.zeros(1, 1, 1, 8), model.position.prepare(torch.zeros(1, 1, dtype=torch.long))).dtype is torch.float32
+    assert (
+        model.position.rotate(
+            torch.zeros(1, 1, 1, 8), model.position.prepare(torch.zeros(1, 1, dtype=torch.long))
+        ).dtype
+        is torch.float32
+    )
     model = cast(model)
     assert model.position.cos_sin.dtype is torch.float32
     assert torch.equal(model.position.cos_sin, before)

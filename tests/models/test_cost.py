@@ -1,0 +1,113 @@
+"""Costs against torch.utils.flop_counter."""
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from modern_llm.config import ModelConfig, get_pipeline_preset, list_presets
+from modern_llm.models import FFNS, KERNELS, NORMS, POSITIONS, ModernDecoderLM, VerifierModel
+
+VARIANTS = [
+    *({"norm": name} for name in NORMS),
+    *({"position": name} for name in POSITIONS),
+    *({"ffn": name, "bias": True} for name in FFNS),
+    *({"ffn": name, "moe": {"n_experts": 4, "top_k": 2}} for name in FFNS),
+    {"moe": {"n_experts": 3, "top_k": 1, "every": 2}},
+    {"n_kv_heads": 1, "qk_norm": True},
+    {"sink": "learned", "n_kv_heads": 2},
+    {"tie_embeddings": False, "norm_position": "post"},
+    {"attention": "window", "window": 8, "n_sinks": 2},
+]
+
+
+def counted(model: torch.nn.Module, rows: int, length: int) -> tuple[float, float]:
+    """FLOPs of forward, and of forward and backward, per token.
+
+    With the math kernel: the counter does not know the fused one of the CPU.
+    """
+    tokens = torch.randint(0, 32, (rows, length))
+    with sdpa_kernel(SDPBackend.MATH):
+        with FlopCounterMode(display=False) as forward, torch.no_grad():
+            model(tokens)
+        with FlopCounterMode(display=False) as both:
+            out = model(tokens)
+            sum(x.float().sum() for x in (out if isinstance(out, tuple) else [out])).backward()
+    tokens_read = rows * length
+    return forward.get_total_flops() / tokens_read, both.get_total_flops() / tokens_read
+
+
+@pytest.mark.parametrize("kernel", sorted(KERNELS))
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_flops_and_parameters(variant: dict, kernel: str) -> None:
+    config = ModelConfig(
+        **{
+            "vocab_size": 97,
+            "d_model": 64,
+            "n_layers": 2,
+            "n_heads": 4,
+            "max_seq_len": 48,
+            "attention_backend": kernel,
+            **variant,
+        }
+    )
+    model = ModernDecoderLM(config)
+    cost = model.cost(48)
+    forward, both = counted(model, 2, 48)
+    assert cost.flops_per_token_forward == pytest.approx(forward, rel=0.01)
+    assert cost.flops_per_token_training == pytest.approx(both, rel=0.01)
+    assert sum(cost.parts.values()) == pytest.approx(cost.flops_per_token_forward)
+    assert cost.params == sum(p.numel() for p in model.parameters())
+    assert (cost.active_params < cost.params) is ("moe" in variant)
+
+
+def test_experts_are_active_in_their_share() -> None:
+    sizes = dict(vocab_size=9, d_model=16, n_layers=1, n_heads=2, d_ff=32, max_seq_len=8)
+    dense = ModernDecoderLM(ModelConfig(**sizes)).cost(8)
+    experts = 3 * 16 * 32  # three matrices each
+    mixture = ModernDecoderLM(ModelConfig(**sizes, moe={"n_experts": 8, "top_k": 2})).cost(8)
+    assert mixture.params == dense.params + 7 * experts + 16 * 8
+    assert mixture.active_params == dense.active_params + experts + 16 * 8
+    assert dense.embedding_params == 9 * 16
+
+
+def test_verifier_adds_its_head() -> None:
+    config = ModelConfig(vocab_size=97, d_model=64, n_layers=2, n_heads=4, max_seq_len=48)
+    model = VerifierModel(config)
+    forward, both = counted(model, 2, 48)
+    assert model.cost(48).flops_per_token_forward == pytest.approx(forward, rel=0.01)
+    assert model.cost(48).flops_per_token_training == pytest.approx(both, rel=0.01)
+
+
+def test_gpt2_small_is_as_published() -> None:
+    """124.4 M parameters, and 0.86 GFLOPs a trained token at 1024 tokens."""
+    config = ModelConfig(
+        vocab_size=50257,
+        d_model=768,
+        n_layers=12,
+        n_heads=12,
+        max_seq_len=1024,
+        norm="layernorm",
+        position="learned",
+        ffn="standard",
+        activation="gelu_tanh",
+        bias=True,
+    )
+    with torch.device("meta"):
+        cost = ModernDecoderLM(config).cost(1024)
+    assert cost.params == 124_439_808
+    assert cost.flops_per_token_training == pytest.approx(0.86e9, rel=0.01)
+
+
+@pytest.mark.parametrize("preset", list_presets())
+def test_every_preset(preset: str) -> None:
+    """On the meta device, where nothing is computed but all products are counted."""
+    config = get_pipeline_preset(preset).model
+    config = config.model_copy(update={"attention_backend": "manual"})
+    with torch.device("meta"):
+        model = ModernDecoderLM(config)
+        length = config.max_seq_len
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(torch.zeros(1, length, dtype=torch.long))
+    counted_flops = counter.get_total_flops() / length
+    assert model.cost(length).flops_per_token_forward == pytest.approx(counted_flops, rel=0.01)
