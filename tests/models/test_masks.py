@@ -67,7 +67,7 @@ def test_packed_documents_equal_each_alone(position: str, window: int | None) ->
 
 
 def test_a_pair_in_one_row_equals_its_two_sequences() -> None:
-    """[prompt][chosen][rejected]: rejected sees the prompt and itself, and continues its positions."""
+    """[prompt][chosen][rejected]: rejected sees the prompt and itself, at positions after it."""
     model = small()
     rng = torch.Generator().manual_seed(0)
     prompt, chosen, rejected = (torch.randint(0, 23, (1, n), generator=rng) for n in (4, 3, 5))

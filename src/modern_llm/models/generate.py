@@ -117,16 +117,9 @@ def generate(
     seeds = range(len(prompts)) if seeds is None else seeds
     if len(seeds) != len(prompts):
         raise ConfigError(f"{len(seeds)} seeds for {len(prompts)} prompts; give one each")
-    limit = model.config.max_seq_len
     streams = model.window is not None and model.position.relative
-    for index, prompt in enumerate(prompts):
-        if not prompt:
-            raise ConfigError(f"prompt {index} is empty; it needs one token at least")
-        if len(prompt) >= limit and not streams:
-            raise ConfigError(
-                f"prompt {index} has {len(prompt)} tokens and leaves no room in the context of "
-                f"max_seq_len={limit}"
-            )
+    limit = model.config.max_seq_len
+    _check_prompts(prompts, None if streams else limit)
     batches = _plan(prompts, limit - max_new_tokens if streams else None, batch_size)
     completions: dict[int, Completion] = {}
     was_training = model.training
@@ -140,6 +133,18 @@ def generate(
     finally:
         model.train(was_training)
     return [completions[i] for i in range(len(prompts))]
+
+
+def _check_prompts(prompts: Sequence[Sequence[int]], limit: int | None) -> None:
+    """Refuse empty prompts, and those that leave no room in a context of ``limit`` tokens."""
+    for index, prompt in enumerate(prompts):
+        if not prompt:
+            raise ConfigError(f"prompt {index} is empty; it needs one token at least")
+        if limit is not None and len(prompt) >= limit:
+            raise ConfigError(
+                f"prompt {index} has {len(prompt)} tokens and leaves no room in the context of "
+                f"max_seq_len={limit}"
+            )
 
 
 def _plan(
