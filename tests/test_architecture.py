@@ -47,7 +47,11 @@ DOORS = {  # library -> the modules (or packages) that may import it
     "matplotlib": ("reporting/plots",),
     "pyarrow": ("data/sources",),
     "pydantic": ("config",),
-    "rich": ("runtime/logs",),
+    "rich": (
+        "runtime/logs",  # the console itself
+        *("training/progress", "reporting/console"),  # a bar and a table on that console
+        *("alignment/plan", "alignment/comparison"),  # tables on standard output: their result
+    ),
     "safetensors": ("training/checkpoint", "interop"),
     "tokenizers": ("data/tokenizer",),
     "transformers": ("interop", "evaluation/baselines"),
@@ -59,15 +63,22 @@ WRITERS = {  # file -> why it may write: everything else goes through runtime/ar
     "training/checkpoint.py": "fills the staging folder of artifacts.published_folder",
     "data/store.py": "fills the staging folder of artifacts.published_folder",
     "interop/transformers_export.py": "fills the staging folder of artifacts.published_folder",
+    "training/retention.py": "prunes checkpoints: one rename out of sight, then removal",
 }
 WRITE_CALLS = {  # module.function that makes or changes a file
     *("json.dump", "yaml.dump", "yaml.safe_dump", "pickle.dump", "torch.save"),
-    *("np.save", "np.savez", "np.savez_compressed", "np.savetxt"),
+    *("np.savez_compressed", "np.savetxt"),
     *("shutil.copy", "shutil.copy2", "shutil.copyfile", "shutil.copytree", "shutil.move"),
+    *("shutil.rmtree", "os.remove", "os.unlink", "os.rmdir"),
     *("os.link", "os.rename", "os.renames", "os.replace", "os.symlink", "os.truncate"),
     *("tempfile.mkstemp", "tempfile.NamedTemporaryFile"),
 }
-WRITE_METHODS = {"write_text", "write_bytes", "savefig", "save_pretrained", "save_file", "tofile"}
+WRITE_METHODS = {"write_text", "write_bytes", "save_pretrained", "save_file", "tofile", "unlink"}
+TO_A_BUFFER = {
+    "savefig",
+    "np.save",
+    "np.savez",
+}  # fine into memory
 FORBIDDEN_CALLS = {
     *("eval", "exec", "compile", "os.system", "os.popen"),
     *("pickle.load", "pickle.loads", "yaml.load", "yaml.unsafe_load", "yaml.full_load"),
@@ -107,7 +118,8 @@ def imports_of(tree: ast.AST) -> Iterator[tuple[str, int]]:
 def packages_of(tree: ast.AST) -> dict[str, int]:
     """Sub-packages of modern_llm that are imported, each with a line."""
     split = ((name.split("."), line) for name, line in imports_of(tree))
-    return {parts[1]: line for parts, line in split if parts[0] == "modern_llm" and len(parts) > 1}
+    own = ((parts[1:], line) for parts, line in split if parts[0] == "modern_llm")
+    return {rest[0]: line for rest, line in own if rest and rest[0] != "__version__"}
 
 
 def dotted(node: ast.expr) -> str:
@@ -153,9 +165,11 @@ def writes_in(tree: ast.AST) -> Iterator[str]:
             found = bool(set(mode_of(call, 0)) & set("wax+?"))
         elif method == "memmap":
             found = mode_of(call, 2) not in ("r", "c")
-        elif method == "savefig":  # to a buffer in memory is fine
+        elif name in TO_A_BUFFER or method in TO_A_BUFFER:
             target = dotted(call.args[0]) if call.args else "?"
             found = "buffer" not in target
+        elif name == "dataclasses.replace":
+            found = False
         elif method in ("rename", "replace") and name not in WRITE_CALLS:
             found = len(call.args) == 1 and not call.keywords  # Path's; str.replace takes two
         else:
@@ -260,6 +274,9 @@ def test_scripts_hold_no_logic(path: Path) -> None:
         "import numpy\nnumpy.memmap('x', 'u2', 'w+')",
         "figure.savefig('x.png')",
         "Path('a').replace('b')",
+        "import numpy as np\nnp.save(path, values)",
+        "import shutil\nshutil.rmtree(folder)",
+        "path.unlink()",
     ],
 )
 def test_the_writer_rule_sees(code: str) -> None:
@@ -275,6 +292,8 @@ def test_the_writer_rule_sees(code: str) -> None:
         "from modern_llm.runtime.artifacts import write_json\nwrite_json(path, 1)",
         "'abc'.replace('a', 'b')",
         "figure.savefig(buffer, format='png')",
+        "import numpy as np\nnp.save(buffer, values)",
+        "from dataclasses import replace\nreplace(config)",
         "import numpy as np\nnp.memmap(path, np.uint16, 'r')",
     ],
 )
