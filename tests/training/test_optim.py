@@ -66,9 +66,9 @@ def test_muon_takes_hidden_matrices_and_adamw_the_rest(
     model = make_model(tie_embeddings=False, bias=True, position="learned")
     names = {id(p): name for name, p in model.named_parameters()}
     hidden = {names[id(p)] for p in hidden_matrices(model)}
-    assert hidden == {n for n in names.values() if n.startswith("blocks.") and n.endswith(".weight")} - {
-        n for n in names.values() if "norm" in n
-    }
+    assert hidden == {
+        n for n in names.values() if n.startswith("blocks.") and n.endswith(".weight")
+    } - {n for n in names.values() if "norm" in n}
     assert not any("embedding" in n or n.startswith("head") for n in hidden)
 
     optimizers = build_optimizers(model, make_config(optimizer="muon"))
@@ -84,9 +84,7 @@ def test_muon_step_is_orthogonal_with_the_size_of_adamw(
     make_model: Models, make_config: Configs
 ) -> None:
     model = make_model()
-    optimizers = build_optimizers(
-        model, make_config(optimizer="muon", lr=0.1, weight_decay=0.0)
-    )
+    optimizers = build_optimizers(model, make_config(optimizer="muon", lr=0.1, weight_decay=0.0))
     weight = hidden_matrices(model)[0]
     before = weight.detach().clone()
     for p in model.parameters():

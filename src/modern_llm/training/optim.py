@@ -44,10 +44,13 @@ class Optimizers:
         for group in self.groups():
             group["lr"] = group["peak_lr"] * factor
 
-    def step(self) -> None:
-        """Update the parameters from their gradients."""
+    def step(self, scaler: torch.amp.GradScaler | None = None) -> None:
+        """Update the parameters from their gradients, by way of the fp16 scaler if there is one."""
         for part in self.parts:
-            part.step()
+            if scaler is None:
+                part.step()
+            else:
+                scaler.step(part)
 
     def zero_grad(self) -> None:
         """Drop the gradients."""

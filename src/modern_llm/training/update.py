@@ -80,12 +80,12 @@ class Update:
         self._check_finite(loss, grad_norm, step=step, micro_batches=micro_batches)
         if first_loss is not None:
             first_loss.check(loss)
-        if self.config.max_grad_norm < grad_norm < math.inf:
+        if grad_norm > self.config.max_grad_norm:
             nn.utils.clip_grads_with_norm_(self._parameters, self.config.max_grad_norm, norm)
         factor = self.schedule.factor(step)
         self.optimizers.set_factor(factor)
-        for part in self.optimizers.parts:
-            self.scaler.step(part)
+        if math.isfinite(grad_norm):  # else fp16 overflowed: no part may step, the scale falls
+            self.optimizers.step(self.scaler)
         self.scaler.update()
         self.optimizers.zero_grad()
         means = {name: value / units for name, value in sums.metrics.items()}
