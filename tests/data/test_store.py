@@ -99,7 +99,7 @@ def test_damage_is_seen_and_built_again(tmp_path: Path) -> None:
     store = build(tmp_path)
     path = store.folder / "tokens.bin"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(DataError, match="tokens.bin: 13 bytes"):
+    with pytest.raises(DataError, match=r"tokens\.bin: 13 bytes"):
         TokenStore(store.folder)
     again = build(tmp_path)
     assert again.fingerprint == store.fingerprint

@@ -136,7 +136,7 @@ class _MixtureLoader(_StepLoader[TokenBatch]):
         self.steps_per_epoch = -(-self.total // batch_size)
 
     def one_pass(self) -> Batches[TokenBatch]:
-        """Every row once, part after part: this rank's share of the fixed pass."""
+        """Every row, and so every token, once, part after part: this rank's share of the pass."""
         return self._fixed_pass(np.arange(self.total))
 
     def _rows_of(self, slots: Ints) -> Ints:
@@ -162,10 +162,8 @@ class _MixtureLoader(_StepLoader[TokenBatch]):
             pieces = [self.parts[p].read(rows[part_of == p] - self.first[p]) for p in used]
             back = np.argsort(np.argsort(part_of, kind="stable"), kind="stable")
             arrays = tuple(np.concatenate(column)[back] for column in zip(*pieces, strict=True))
-        tokens, labels, docs, pos = (torch.from_numpy(np.ascontiguousarray(a)) for a in arrays)
-        if not self.with_docs:
-            return TokenBatch(tokens, labels)
-        return TokenBatch(tokens, labels, docs, pos)
+        used_arrays = arrays if self.with_docs else arrays[:2]
+        return TokenBatch(*(torch.from_numpy(np.ascontiguousarray(a)) for a in used_arrays))
 
 
 class TextLoader(_MixtureLoader):
@@ -184,7 +182,6 @@ class TextLoader(_MixtureLoader):
 
     Raises:
         ConfigError: the batch does not divide.
-        DataError: a store does not fill one block.
     """
 
     def __init__(
@@ -200,7 +197,7 @@ class TextLoader(_MixtureLoader):
         ranks: Ranks = Ranks(),  # noqa: B008 - frozen
     ) -> None:
         super().__init__(
-            [TextRows(store, seq_len, doc_mask=doc_mask, tail=False) for store in stores],
+            [TextRows(store, seq_len, doc_mask=doc_mask) for store in stores],
             mixture_weights(stores, weights),
             batch_size=batch_size,
             micro_batch_size=micro_batch_size,
@@ -211,23 +208,6 @@ class TextLoader(_MixtureLoader):
         prints = [store.fingerprint for store in stores]
         decides = [list(weights), seq_len, batch_size, seed, doc_mask]
         self.fingerprint = sha256_json(["text", prints, decides])
-        self._stores, self._seq_len = stores, seq_len
-
-    def one_pass(self) -> Batches[TokenBatch]:
-        """Each token as a label once, store after store, with the last, shorter blocks."""
-        whole = _MixtureLoader(
-            [
-                TextRows(store, self._seq_len, doc_mask=self.with_docs, tail=True)
-                for store in self._stores
-            ],
-            None,
-            batch_size=self.batch_size,
-            micro_batch_size=self.micro_batch_size,
-            seed=self.seed,
-            ranks=self.ranks,
-            with_docs=self.with_docs,
-        )
-        return whole.one_pass()
 
 
 class PackedLoader(_MixtureLoader):
@@ -263,7 +243,7 @@ class PackedLoader(_MixtureLoader):
         mixed = replay is not None and replay_share > 0
         parts: list[Rows] = [packed]
         if mixed and replay is not None:
-            parts.append(TextRows(replay, seq_len, doc_mask=True, tail=False))
+            parts.append(TextRows(replay, seq_len, doc_mask=True))
         super().__init__(
             parts,
             [1 - replay_share, replay_share] if mixed else None,

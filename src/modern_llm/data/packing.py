@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from modern_llm.data.collate import IGNORE
 from modern_llm.data.order import Ints, permuted
 from modern_llm.data.store import TokenStore
-from modern_llm.errors import ConfigError, DataError
+from modern_llm.errors import ConfigError
 
 Arrays = tuple[Ints, Ints, Ints, Ints]  # tokens, labels, document ids, positions; each (rows, T)
 
@@ -25,24 +25,19 @@ class Rows(Protocol):
 class TextRows:
     """A text store cut into blocks of ``seq_len`` tokens, each with the next token as label.
 
+    The last block is padded, so that every token but the store's first is a label once (with
+    ``doc_mask``: but each document's first).
+
     Args:
         store: segment "text".
         seq_len: T.
         doc_mask: number the documents of a block, and leave out labels across their borders;
             else a block is one stretch of text.
-        tail: add the last, shorter block, padded; every token but the store's first is then a
-            label once (with ``doc_mask``: but each document's first).
     """
 
-    def __init__(self, store: TokenStore, seq_len: int, *, doc_mask: bool, tail: bool) -> None:
+    def __init__(self, store: TokenStore, seq_len: int, *, doc_mask: bool) -> None:
         self.store, self.seq_len, self.doc_mask = store, seq_len, doc_mask
-        n = store.n_tokens - 1
-        self.n = -(-n // seq_len) if tail else n // seq_len
-        if self.n < 1:
-            raise DataError(
-                f"{n + 1} tokens do not fill one block of seq_len={seq_len}: "
-                "use more text or a shorter seq_len"
-            )
+        self.n = -(-(store.n_tokens - 1) // seq_len)
 
     def __len__(self) -> int:
         return self.n
