@@ -67,9 +67,10 @@ class Checkpoint:
 def model_weights(model: nn.Module) -> dict[str, Tensor]:
     """Tensors of a model by name, each storage once, without the prefix of a compiled module."""
     weights: dict[str, Tensor] = {}
-    seen: set[tuple[int, torch.Size]] = set()
+    seen: set[tuple[int, int, torch.Size]] = set()
     for name, tensor in model.state_dict().items():
-        key = (tensor.data_ptr(), tensor.shape)
+        storage = tensor.untyped_storage()._cdata  # an address would be 0 on the meta device
+        key = (storage, tensor.storage_offset(), tensor.shape)
         if tensor.numel() and key in seen:
             continue
         seen.add(key)
