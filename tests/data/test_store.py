@@ -86,7 +86,7 @@ def test_manifest_holds_sizes_and_hashes(tmp_path: Path) -> None:
     names = {p.name for p in store.folder.iterdir()} - {"manifest.json"}
     assert set(manifest["files"]) == names
     for name, entry in manifest["files"].items():
-        assert entry == {
+        assert {k: v for k, v in entry.items() if k != "mtime_ns"} == {
             "bytes": (store.folder / name).stat().st_size,
             "sha256": sha256_file(store.folder / name),
         }
@@ -104,6 +104,17 @@ def test_damage_is_seen_and_built_again(tmp_path: Path) -> None:
     again = build(tmp_path)
     assert again.fingerprint == store.fingerprint
     assert any(p.name.startswith("damaged-") for p in (tmp_path / "stores").iterdir())
+
+
+def test_one_changed_byte_is_seen(tmp_path: Path) -> None:
+    store = build(tmp_path)
+    path = store.folder / "tokens.bin"
+    content = path.read_bytes()
+    path.write_bytes(content)  # touched, but the same: hashed and accepted
+    assert TokenStore(store.folder).fingerprint == store.fingerprint
+    path.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+    with pytest.raises(DataError, match=r"tokens\.bin: its content"):
+        TokenStore(store.folder)
 
 
 @pytest.mark.parametrize("manifest", ["", "[]", '{"format": 99}', '{"format": 1}'])

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from modern_llm.data.sources.base import RowCounts
 from modern_llm.errors import DataError, ProtectedPathError
-from modern_llm.runtime.artifacts import published_folder, sha256_json, write_json
+from modern_llm.runtime.artifacts import published_folder, sha256_file, sha256_json, write_json
 from modern_llm.runtime.logs import get_logger
 
 FORMAT = 1
@@ -46,7 +46,7 @@ class TokenStore:
         sources: one summary a source: source, split, kind, rows, tokens, dropped, fingerprint.
 
     Raises:
-        DataError: not a store, or a file has not the size that the manifest says.
+        DataError: not a store, or a file has another size than the manifest says, or was changed.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -215,7 +215,7 @@ class _Writer:
             raise DataError(
                 f"no row is left of {key.get('what', 'the data')}: {reasons or 'empty'}"
             )
-        files = {
+        files: dict[str, dict[str, Any]] = {
             name: {"bytes": self.sizes[name], "sha256": self.digests[name].hexdigest()}
             for name in self.names
         }
@@ -233,6 +233,8 @@ class _Writer:
             "sources": sources,
             "files": files,
         }
+        for name, file in files.items():  # after the fingerprint, which is of content only
+            file["mtime_ns"] = (self.folder / name).stat().st_mtime_ns
         write_json(self.folder / MANIFEST, manifest)
 
 
@@ -247,9 +249,14 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         if manifest["format"] != FORMAT:
             raise DataError(f"{path}: format {manifest['format']}, this version reads {FORMAT}")
         for name, file in manifest["files"].items():
-            size = (folder / name).stat().st_size
-            if size != file["bytes"]:
-                raise DataError(f"{folder / name}: {size} bytes, the manifest says {file['bytes']}")
+            state = (folder / name).stat()
+            if state.st_size != file["bytes"]:
+                raise DataError(
+                    f"{folder / name}: {state.st_size} bytes, the manifest says {file['bytes']}"
+                )
+            touched = state.st_mtime_ns != file["mtime_ns"]  # hashed only then: it may be large
+            if touched and sha256_file(folder / name) != file["sha256"]:
+                raise DataError(f"{folder / name}: its content is not what was written")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder}: not a whole token store: {error!r}") from None
     return manifest
