@@ -246,9 +246,9 @@ def test_another_architecture_lists_fields_and_tensors(folder: Path, make_model:
     with pytest.raises(CheckpointError, match=r"model.vocab_size is 32 there and 40 here"):
         load_model_weights(make_model(vocab_size=40), checkpoint)
     same_shapes = make_model(n_heads=1)  # nothing but the config tells them apart
-    with pytest.raises(CheckpointError, match="model.n_heads is 2 there and 1 here"):
+    with pytest.raises(CheckpointError, match=r"model.n_heads is 2 there and 1 here"):
         load_model_weights(same_shapes, checkpoint)
-    with pytest.raises(CheckpointError, match="torch.float32, the model has"):
+    with pytest.raises(CheckpointError, match=r"torch.float32, the model has"):
         load_model_weights(make_model().half(), checkpoint)
     load_model_weights(make_model(dropout=0.0, attention_backend="manual"), checkpoint)
 

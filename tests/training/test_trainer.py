@@ -231,7 +231,7 @@ def test_checkpoints_of_another_model_are_refused(
     make_trainer: Trainers, make_model: Any, tmp_path: Path
 ) -> None:
     make_trainer(tmp_path / "pretrain").fit()
-    with pytest.raises(CheckpointError, match="model.n_layers is 2 there and 1 here"):
+    with pytest.raises(CheckpointError, match=r"model.n_layers is 2 there and 1 here"):
         make_trainer(tmp_path / "pretrain", model=make_model(n_layers=1)).fit()
 
 
@@ -276,7 +276,7 @@ def test_weights_gone_bad_between_steps_are_not_published(
 
     trainer.update = poison  # type: ignore[assignment]
     poison.state_dict = update.state_dict  # type: ignore[attr-defined]
-    with pytest.raises(DivergedError, match="step-00000008 is not saved.*step-00000004"):
+    with pytest.raises(DivergedError, match=r"step-00000008 is not saved.*step-00000004"):
         trainer.fit()
     assert [f.name for f in list_checkpoints(folder / "checkpoints")] == ["step-00000004"]
 

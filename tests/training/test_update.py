@@ -135,7 +135,7 @@ def test_nothing_is_updated_when_not_finite(
 
 def test_diverged_names_the_data_rows(make_model: Models, make_config: Configs) -> None:
     class Rows(TokenBatch):
-        index_B = torch.tensor([11, 42])
+        index_B = torch.tensor([11, 42])  # noqa: N815
 
     batch = ragged_rows()
     update = Update(make_model(), Poisoned(loss=math.nan), make_config(), device=CPU)

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -299,10 +300,11 @@ class Trainer:
     def _aside(self, call: Callable[[nn.Module], Mapping[str, Any]]) -> dict[str, Any]:
         """Call with the model in eval mode; mode and random state are put back."""
         training, state = self.model.training, rng_state()
+        # A compiled model runs what is compiled already, and compiles nothing for a hook.
+        stance = torch.compiler.set_stance("eager_on_recompile") if self.config.compile else None
         self.model.eval()
         try:
-            # A compiled model runs what is compiled already, and compiles nothing for a hook.
-            with torch.no_grad(), torch.compiler.set_stance("eager_on_recompile"):
+            with torch.no_grad(), stance or nullcontext():
                 return dict(call(self.model))
         finally:
             self.model.train(training)
