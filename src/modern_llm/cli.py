@@ -86,7 +86,7 @@ def _run(args: argparse.Namespace) -> int:
     stage, checkpoint = getattr(args, "stage", "all"), getattr(args, "checkpoint", None)
     if checkpoint is not None and stage == "all":
         raise ConfigError("--checkpoint needs --stage: which stage is to start from it?")
-    origin = {"preset": args.config, "command": shlex.join(["modern-llm", "run", *sys.argv[1:]])}
+    origin = {"preset": args.config, "command": shlex.join(["modern-llm", *args.command])}
     pipeline = AlignmentPipeline(
         config, origin=origin, on_exists=args.on_exists, resume=args.resume,
         allow_data_change=args.allow_data_change,
@@ -281,7 +281,7 @@ COMMANDS = {
 }
 
 
-def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
     """Parse flags and overrides in any order."""
     return parser.parse_intermixed_args(argv)
 
@@ -301,14 +301,16 @@ def _guarded(execute: Callable[[argparse.Namespace], int], args: argparse.Namesp
         return 0
 
 
-def script(command: str, argv: Sequence[str] | None = None) -> int:
+def script(command: str, argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     """Run one command as a script of its own."""
     entry = COMMANDS[command]
     parser = argparse.ArgumentParser(
-        description=entry.summary, epilog=EXIT_CODES,
+        prog=prog, description=entry.summary, epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     entry.arguments(parser)
+    argv = sys.argv[1:] if argv is None else argv
+    parser.set_defaults(command=[command, *argv])
     return _guarded(entry.execute, _parse(parser, argv))
 
 
@@ -316,7 +318,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``modern-llm``."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and argv[0] in COMMANDS:
-        return script(argv[0], argv[1:])
+        return script(argv[0], argv[1:], prog=f"modern-llm {argv[0]}")
     listing = "\n".join(f"  {name:<14} {entry.summary}" for name, entry in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="modern-llm", formatter_class=argparse.RawDescriptionHelpFormatter,

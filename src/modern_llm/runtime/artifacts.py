@@ -10,15 +10,16 @@ import hashlib
 import json
 import math
 import os
+import secrets
 import shutil
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from modern_llm.errors import ConfigError, ProtectedPathError
+from modern_llm.errors import ConfigError, DataError, ProtectedPathError
 
 Policy = Literal["timestamp", "skip", "replace"]
 
@@ -62,12 +63,40 @@ def sibling_names(path: Path) -> Iterator[Path]:
         count += 1
 
 
-def back_up(path: Path) -> Path:
-    """Move ``path`` to ``<name>.bak-<time>`` beside it and return that name."""
+def staging_name(path: Path) -> Path:
+    """Hidden sibling that becomes ``path``; processes of two machines never share one."""
+    return path.with_name(f".tmp-{path.name}-{os.getpid()}-{secrets.token_hex(4)}")
+
+
+def backup_name(path: Path) -> Path:
+    """``<name>.bak-<time>`` beside ``path``, to the microsecond."""
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f")
-    target = path.with_name(f"{path.name}.bak-{stamp}")
+    return path.with_name(f"{path.name}.bak-{stamp}")
+
+
+def back_up(path: Path) -> Path:
+    """Move ``path`` to its backup name and return that."""
+    target = backup_name(path)
     os.rename(path, target)
     return target
+
+
+def _replace(temporary: Path, path: Path) -> None:
+    """Put ``temporary`` in the place of ``path``, whose old content stays under a backup name.
+
+    The name holds the old or the new content at every moment; of two processes that replace one
+    file at once, each finds the other's content or the old one, and keeps it.
+    """
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network file systems lock no folders
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        if path.exists():
+            os.link(path, backup_name(path))
+        os.replace(temporary, path)
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 @contextmanager
@@ -108,14 +137,15 @@ def write_bytes(path: Path, data: bytes, *, on_exists: Policy = "timestamp") -> 
         return None
     with _io_told(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+        temporary = staging_name(path)
         try:
             with temporary.open("wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            if on_exists == "replace" and path.exists():
-                back_up(path)
+            if on_exists == "replace":
+                _replace(temporary, path)
+                return path
             for name in sibling_names(path):
                 try:
                     os.link(temporary, name)  # fails when the name exists: exclusive, atomic
@@ -143,6 +173,8 @@ def write_json(path: Path, value: Any, *, on_exists: Policy = "timestamp") -> Pa
 def new_folder(path: Path, *, on_exists: Policy = "timestamp") -> Path | None:
     """Make a folder that nobody else has, under the same policies as a file.
 
+    Other users who are not of the group may not look into it.
+
     Returns:
         The folder made, or ``None`` when one exists and the policy is ``skip``.
 
@@ -151,11 +183,12 @@ def new_folder(path: Path, *, on_exists: Policy = "timestamp") -> Path | None:
     """
     with _io_told(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        if on_exists == "replace" and path.exists():
-            back_up(path)
+        if on_exists == "replace":
+            with suppress(FileNotFoundError):  # nothing there, or another process was faster
+                back_up(path)
         for name in sibling_names(path):
             try:
-                name.mkdir()
+                name.mkdir(mode=0o750)
                 return name
             except FileExistsError:
                 if on_exists == "skip":
@@ -175,10 +208,9 @@ def published_folder(target: Path) -> Iterator[Path]:
     """
     if target.exists():
         raise ProtectedPathError(f"{target} exists; it is never overwritten in place")
-    staging = target.with_name(f".tmp-{target.name}-{os.getpid()}")
+    staging = staging_name(target)
     with _io_told(target):
         try:
-            shutil.rmtree(staging, ignore_errors=True)  # of an earlier process with this pid
             staging.mkdir(parents=True)
             yield staging
             for file in staging.rglob("*"):
@@ -236,12 +268,21 @@ class JsonLines:
         whole = 0
         with _io_told(self.path), self.path.open("r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # nobody appends between reading and cutting
-            for line in file:
+            for number, line in enumerate(file, start=1):
                 if not line.endswith(b"\n"):
                     file.truncate(whole)
                     break
                 whole += len(line)
-                self._remember(json.loads(line))
+                self._remember(self._parsed(line, number))
+
+    def _parsed(self, line: bytes, number: int) -> dict[str, Any]:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            raise DataError(f"{self.path}:{number}: not a JSON object; the log was altered")
+        return row
 
     def _remember(self, row: dict[str, Any]) -> None:
         if row.get("kind") in ("train", "eval", "sample") and "step" in row:

@@ -1,6 +1,7 @@
 """Devices, ranks, precision and threads: what was asked for is applied or refused."""
 
 import os
+import resource
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
@@ -28,8 +29,8 @@ def single_process() -> Ranks:
     Raises:
         ConfigError: a launcher started several; each would train alone and write the same files.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size > 1:
+    world_size = os.environ.get("WORLD_SIZE", "1")
+    if world_size != "1":
         raise ConfigError(
             f"WORLD_SIZE={world_size}, but training.distributed=none is one process; "
             "start a single process"
@@ -60,6 +61,11 @@ def resolve_device(name: str = "auto") -> torch.device:
         raise ConfigError(
             f"training.device: '{name}' is not available here; use training.device=cpu, "
             "or run on a machine that has it"
+        )
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise ConfigError(
+            f"training.device: '{name}' is not here; the last of {count} is cuda:{count - 1}"
         )
     return device
 
@@ -93,5 +99,8 @@ def memory_gb(device: torch.device) -> float:
     """Memory in use in GB (1e9 bytes): allocated on a GPU, resident of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device) / 1e9
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e9
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e9
+    except FileNotFoundError:  # not Linux: the largest so far, which macOS counts in bytes
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9

@@ -51,9 +51,10 @@ def utc_now() -> str:
 
 def environment() -> dict[str, Any]:
     """Commit, versions and hardware of this process; holds no host name and no user name."""
-    status = _git("status", "--porcelain", "--untracked-files=no")
+    tracked = _git("ls-files", "--error-unmatch", __file__) is not None  # not an installed copy
+    status = _git("status", "--porcelain", "--untracked-files=no") if tracked else None
     return {
-        "git_commit": _git("rev-parse", "HEAD"),
+        "git_commit": _git("rev-parse", "HEAD") if tracked else None,
         "dirty": None if status is None else bool(status),
         "versions": {
             "python": platform.python_version(),
