@@ -56,7 +56,7 @@ class ModelConfig(Schema):
     norm_eps: PositiveFloat = 1e-5
     position: Component = Component("rope")
     attention: Literal["full", "window"] = "full"
-    attention_backend: Literal["sdpa", "manual"] = "sdpa"
+    attention_backend: Literal["auto", "sdpa", "blocks", "manual"] = "auto"
     window: PositiveInt | None = None  # keys that a query sees, itself included
     n_sinks: NonNegativeInt = 0  # first tokens that stay visible beside the window
     sink: Literal["none", "learned"] = "none"  # learned: a logit per head in the denominator
@@ -103,7 +103,7 @@ class ModelConfig(Schema):
         if self.attention == "full" and (self.window is not None or self.n_sinks):
             problems.append("window and n_sinks need attention=window")
         if problems:
-            raise ValueError("; ".join(problems))
+            raise ValueError("\n".join(problems))
         return self
 
     @property
