@@ -6,8 +6,19 @@ keyword-only parameters are the user's options.
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import (
+    Any,
+    Literal,
+    Protocol,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from modern_llm.errors import ConfigError
 
@@ -30,6 +41,31 @@ def suggest(name: str, choices: Iterable[str]) -> str:
     """Return ``; did you mean 'x'?`` for the nearest of ``choices``, or an empty string."""
     near = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.6)
     return f"; did you mean '{near[0]}'?" if near else ""
+
+
+def _signed(entry: Callable[..., Any]) -> Callable[..., Any]:
+    """The function whose annotations are the entry's."""
+    return entry.__init__ if inspect.isclass(entry) else entry
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value from a config is of an annotated type; types not known here pass."""
+    kind, parts = get_origin(hint), get_args(hint)
+    if kind in (Union, UnionType):
+        return any(_fits(value, part) for part in parts)
+    if kind is Literal:
+        return value in parts
+    if hint in (bool, None, NoneType):
+        return isinstance(value, bool) if hint is bool else value is None
+    if hint in (int, float):
+        numbers = int if hint is int else int | float
+        return isinstance(value, numbers) and not isinstance(value, bool)
+    if hint in (str, Path):
+        return isinstance(value, str | Path)
+    if kind in (Sequence, list, tuple):
+        items = parts[0] if parts else Any
+        return isinstance(value, list | tuple) and all(_fits(item, items) for item in value)
+    return isinstance(value, Mapping) if kind in (Mapping, dict) else True
 
 
 class Registry(Mapping[str, Callable[..., Any]]):
@@ -76,10 +112,11 @@ class Registry(Mapping[str, Callable[..., Any]]):
         return {p.name: p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
     def check(self, name: str, options: Mapping[str, Any]) -> None:
-        """Refuse unknown options and missing required ones with the list of those accepted.
+        """Refuse options that the entry does not have or take, with the list of those accepted.
 
         Raises:
-            ConfigError: unknown name, unknown option, or a required option is missing.
+            ConfigError: unknown name, unknown option, a value of another type than the signature
+                says, or a required option is missing.
         """
         accepted = self.options(name)
         listing = ", ".join(str(p) for p in accepted.values()) or "no options"
@@ -88,6 +125,13 @@ class Registry(Mapping[str, Callable[..., Any]]):
                 raise ConfigError(
                     f"{self.kind} '{name}': unknown option '{option}'"
                     f"{suggest(option, accepted)} (it accepts {listing})"
+                )
+        hints = get_type_hints(_signed(self[name])) if options else {}
+        for option, value in options.items():
+            if not _fits(value, hints.get(option, Any)):
+                raise ConfigError(
+                    f"{self.kind} '{name}': option {option}={value!r} is of the wrong type "
+                    f"(it accepts {listing})"
                 )
         missing = [
             p.name

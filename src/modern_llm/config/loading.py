@@ -1,9 +1,10 @@
 """From a preset name or a file, with ``extends`` and dotted overrides, to a `PipelineConfig`."""
 
+import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -58,9 +59,9 @@ def load_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Pipe
 
 
 def _locate(name: str, *, base: Path | None) -> Path:
-    """File of a preset name or a path; a relative path is also tried beside ``base``."""
+    """File of a preset name or a path; a relative path is tried beside ``base`` first."""
     if name.endswith(SUFFIXES):
-        for path in [Path(name)] + ([base.parent / name] if base else []):
+        for path in ([base.parent / name] if base else []) + [Path(name)]:
             if path.is_file():
                 return path
         raise ConfigError(f"{name}: no such config file")
@@ -105,10 +106,16 @@ def _read_with_parents(path: Path, *, seen: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """``above`` over ``below``, section by section; lists and components are replaced whole."""
+    """``above`` over ``below``, section by section; lists are replaced whole.
+
+    So is what has a name: a component or source that is named anew does not inherit the options of
+    the one below. Without a name its options go to the one below.
+    """
     merged = dict(below)
     for key, value in above.items():
         old = merged.get(key)
+        if isinstance(old, str) and isinstance(value, dict):
+            old = {"name": old}
         if isinstance(value, dict) and isinstance(old, dict) and "name" not in value:
             merged[key] = merge(old, value)
         else:
@@ -138,6 +145,7 @@ def _override(raw: dict[str, Any], item: str) -> str | None:
 
 
 def _set(container: Any, keys: list[str], value: Any, item: str) -> str | None:
+    """Set the value below ``container``, copying on the way down; returns a problem, if any."""
     key, rest = keys[0], keys[1:]
     if isinstance(container, list):
         if not key.isdigit() or int(key) >= len(container):
@@ -150,52 +158,78 @@ def _set(container: Any, keys: list[str], value: Any, item: str) -> str | None:
     if not rest:
         container[slot] = value
         return None
-    child = container[slot] if isinstance(container, list) else container.get(slot, {})
-    if isinstance(child, str):  # "rope" -> {"name": "rope"}, so that an option can be set
+    child = container[slot] if isinstance(container, list) else container.get(slot)
+    if child is None:
+        child = {}
+    elif isinstance(child, str):  # "rope" -> {"name": "rope"}, so that an option can be set
         child = {"name": child}
-    child = (
-        dict(child)
-        if isinstance(child, dict)
-        else list(child)
-        if isinstance(child, list)
-        else child
-    )
-    container[slot] = child
-    return _set(child, rest, value, item)
+    container[slot] = copy.copy(child)
+    return _set(container[slot], rest, value, item)
 
 
 def explain(error: ValidationError, schema: type[BaseModel], where: str) -> str:
     """All problems of a validation, one a line: path, value, rule, nearest valid name."""
-    lines = []
+    lines: dict[str, dict[str, None]] = {}  # what is wrong -> rules, of which one must hold
     for problem in error.errors(include_url=False):
-        path = ".".join(str(part) for part in problem["loc"])
+        fields, path = _resolved(schema, problem["loc"])
+        place, rule = ".".join(path), problem["msg"]
+        if problem["type"] == "value_error":
+            for part in rule.removeprefix("Value error, ").splitlines():
+                lines[f"{place}: {part}" if place else part] = {}
+            continue
         if problem["type"] == "extra_forbidden":
-            fields = _fields_at(schema, problem["loc"][:-1])
-            near = suggest(str(problem["loc"][-1]), [*fields, *ALIASES])
-            lines.append(f"{path}: unknown field{near} (fields here: {', '.join(sorted(fields))})")
+            near = suggest(path[-1], [*fields, *(ALIASES if "d_model" in fields else ())])
+            rule = f"unknown field{near} (fields here: {', '.join(sorted(fields))})"
         elif problem["type"] == "missing":
-            lines.append(f"{path}: is required")
-        elif problem["type"] == "value_error":
-            message = problem["msg"].removeprefix("Value error, ")
-            lines.append(f"{path}: {message}" if path else message)
+            rule = "is required"
         else:
-            lines.append(f"{path}={problem['input']!r}: {problem['msg']}")
-    return f"config {where}:\n" + "\n".join(f"  {line}" for line in dict.fromkeys(lines))
+            place = f"{place}={problem['input']!r}"
+            if problem["type"] == "model_type":
+                named = problem["ctx"]["class_name"] in ("Component", "SourceConfig")
+                rule = f"should be {'a name, or name and options' if named else 'a section'}"
+        lines.setdefault(place, {})[rule] = None
+    told = [
+        f"  {what}{': ' if rules else ''}{', or '.join(rules)}" for what, rules in lines.items()
+    ]
+    return "\n".join([f"config {where}:", *_without_copies(told)])
 
 
-def _fields_at(schema: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    current: Any = schema
-    for part in location:
-        if not (isinstance(current, type) and issubclass(current, BaseModel)):
-            return []
-        field = current.model_fields.get(str(part))
-        if field is None:
-            return []
-        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        current = next(
-            (c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None
+def _without_copies(lines: list[str]) -> list[str]:
+    """Tell a mistake of the shared ``training`` section once, not for every stage."""
+    told: dict[str, None] = {}
+    for line in lines:
+        stage, _, rest = line.strip().partition(".")
+        shared = rest.startswith("training") and all(
+            f"  {s}.{rest}" in lines for s in TRAINED_STAGES
         )
-    return list(current.model_fields) if current is not None else []
+        told[f"  {rest}" if shared and stage in TRAINED_STAGES else line] = None
+    return list(told)
+
+
+def _resolved(
+    schema: type[BaseModel], location: tuple[int | str, ...]
+) -> tuple[list[str], list[str]]:
+    """Fields of the section that an error is in, and its path without pydantic's own parts."""
+    section: type[BaseModel] | None = schema
+    fields, path = list(schema.model_fields), []
+    for part in location:
+        if isinstance(part, str) and section is None:
+            break  # a member of a union, not a field
+        path.append(str(part))
+        if isinstance(part, str) and section is not None:
+            fields = list(section.model_fields)
+            field = section.model_fields.get(part)
+            section = None if field is None else _section_of(field.annotation)
+    return fields, path
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    """The section that a field holds, alone, in a list, or beside ``None``."""
+    candidates = [
+        annotation,
+        *(a for part in get_args(annotation) for a in (part, *get_args(part))),
+    ]
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
 
 
 def json_schema() -> dict[str, Any]:

@@ -177,13 +177,19 @@ class PipelineConfig(Schema):
             defaults = {"seed": value.get("seed", 0)} | ({"seq_len": seq_len} if seq_len else {})
             training = {**defaults, **shared, **own}
             cap = value.get("max_steps")
-            if isinstance(cap, int) and isinstance(training.get("max_steps"), int):
+            if isinstance(cap, int) and cap > 0 and isinstance(training.get("max_steps"), int):
                 training["max_steps"] = min(cap, training["max_steps"])
             value[stage] = {**section, "training": training}
         return value
 
     @model_validator(mode="after")
-    def _check_lengths(self) -> Self:
+    def _check_together(self) -> Self:
+        if problems := [*self._length_problems(), *self._weight_problems()]:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def _length_problems(self) -> list[str]:
+        """Rows that are longer than the context."""
         problems = [
             f"{stage}.training.seq_len={length} exceeds model.max_seq_len={self.model.max_seq_len}"
             for stage in TRAINED_STAGES
@@ -195,9 +201,29 @@ class PipelineConfig(Schema):
                 f"dpo.max_prompt_tokens + dpo.max_answer_tokens = {pair} exceeds "
                 f"model.max_seq_len={self.model.max_seq_len}"
             )
-        if problems:
-            raise ValueError("; ".join(problems))
-        return self
+        return problems
+
+    def _weight_problems(self) -> list[str]:
+        """Weights where nothing is drawn by weight: they would do nothing."""
+        sources = {
+            f"{stage}.{part}.{i}": source
+            for stage in TRAINED_STAGES
+            for part in ("data", "validation")
+            for i, source in enumerate(getattr(self.stage(stage), part) or ())
+            if (stage, part) != ("pretrain", "data")
+        }
+        tasks = {
+            **{f"eval.perplexity.{i}": task for i, task in enumerate(self.eval.perplexity)},
+            **{f"eval.text_metrics.{i}": task for i, task in enumerate(self.eval.text_metrics)},
+            **{"eval.reasoning": self.eval.reasoning, "eval.preference": self.eval.preference},
+        }
+        sources |= {f"{place}.source": task.source for place, task in tasks.items() if task}
+        return [
+            f"{place}: weight={source.weight} has no effect here; only sources of pretrain.data "
+            "are drawn by weight, all others in proportion to their size"
+            for place, source in sources.items()
+            if source.weight is not None
+        ]
 
     def stage(self, name: str) -> StageConfig:
         """Section of a trained stage."""

@@ -19,6 +19,19 @@ class Schema(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _name_defaults(cls, value: Any) -> Any:
+        """``{"theta": 1e5}`` without a name sets an option of the field's default component."""
+        if not isinstance(value, Mapping):
+            return value
+        named = dict(value)
+        for name, field in cls.model_fields.items():
+            given = value.get(name)
+            if isinstance(field.default, Component) and isinstance(given, Mapping):
+                named[name] = {"name": field.default.name, **given}
+        return named
+
 
 class Component(Schema):
     """A registered component: ``"rope"`` or ``{"name": "rope", "theta": 500000}``.
@@ -32,16 +45,17 @@ class Component(Schema):
     def __init__(self, name: str, **options: Any) -> None:
         super().__init__(**{"name": name, "options": options})
 
+    # Pydantic then validates a mapping itself, and an error keeps its place in the config.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
     @model_validator(mode="before")
     @classmethod
     def _collect(cls, value: Any) -> Any:
         if isinstance(value, str):
             return {"name": value, "options": {}}
         if isinstance(value, Mapping) and "options" not in value:
-            return {
-                "name": value.get("name"),
-                "options": {k: value[k] for k in value if k != "name"},
-            }
+            own = {"name": value["name"]} if "name" in value else {}
+            return {**own, "options": {k: value[k] for k in value if k != "name"}}
         return value
 
     @model_serializer
@@ -52,7 +66,7 @@ class Component(Schema):
     def __get_pydantic_json_schema__(
         cls, schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> dict[str, Any]:
-        named = {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}
+        named = {"type": "object", "properties": {"name": {"type": "string"}}}
         return {"anyOf": [{"type": "string"}, named], "description": "name, or name with options"}
 
 
