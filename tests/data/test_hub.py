@@ -32,7 +32,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeHub:
     module = types.ModuleType("datasets")
     module.load_dataset = found.load_dataset  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "datasets", module)
-    monkeypatch.setattr(hub, "_stay_offline_if_unreachable", lambda: None)
+    monkeypatch.setattr(hub, "stay_offline_if_unreachable", lambda: None)
     return found
 
 
@@ -138,7 +138,7 @@ def test_unreachable_hub_is_not_asked_again_and_again(proxy: bool) -> None:
         "def refuse(*args): raise OSError('down')\n"
         "socket.create_connection = refuse\n"
         "from modern_llm.data.sources import hub\n"
-        "hub._stay_offline_if_unreachable()\n"
+        "hub.stay_offline_if_unreachable()\n"
         "print(os.environ.get('HF_HUB_OFFLINE'))\n"
     )
     environment = {"PATH": "/usr/bin"} | ({"https_proxy": "http://proxy:1"} if proxy else {})

@@ -26,8 +26,9 @@ def mask_audit(batches: Sequence[TokenBatch], tokenizer: Tokenizer) -> tuple[dic
         token in brackets.
 
     Raises:
-        DataError: no token or every token is supervised; a document's EOS is not; a document has
-            no supervised token; or a prompt marker is.
+        DataError: no token or every token is supervised; an example's answer is not supervised
+            from its first token to its EOS, or anything else of it is; a label is not the token
+            that follows; or padding is supervised.
     """
     total = supervised = documents = 0
     problems: set[str] = set()
@@ -39,13 +40,15 @@ def mask_audit(batches: Sequence[TokenBatch], tokenizer: Tokenizer) -> tuple[dic
             real = docs >= 0
             total += int(real.sum())
             supervised += int((labels[real] != IGNORE).sum())
+            if (labels[~real] != IGNORE).any():
+                problems.add("padding is supervised")
             for doc in np.unique(docs[real]):
                 inside = docs == doc
                 own_labels, own_tokens = labels[inside], tokens[inside]
                 if tokenizer.assistant_id not in own_tokens:
                     continue  # replayed text
                 documents += 1
-                problems |= _document_problems(own_labels, tokenizer)
+                problems |= _example_problems(own_tokens, own_labels, tokenizer)
             if len(shown) < SHOWN_ROWS:
                 shown.append(_marked(tokens[real], labels[real], tokenizer))
     share = supervised / max(total, 1)
@@ -62,17 +65,27 @@ def mask_audit(batches: Sequence[TokenBatch], tokenizer: Tokenizer) -> tuple[dic
     return facts, "\n".join([head, *(f"row {i}:\n{text}\n" for i, text in enumerate(shown))])
 
 
-def _document_problems(labels: np.ndarray[Any, Any], tokenizer: Tokenizer) -> set[str]:
-    """What is wrong with the labels of one packed example."""
-    learned = labels[labels != IGNORE]
-    if not len(learned):
+def _example_problems(
+    tokens: np.ndarray[Any, Any], labels: np.ndarray[Any, Any], tokenizer: Tokenizer
+) -> set[str]:
+    """What is wrong with the labels of one packed example.
+
+    The answer is what follows the last ``<|assistant|>``, whatever the loader believes.
+    """
+    learned = labels != IGNORE
+    if not learned.any():
         return {"an example has no supervised token"}
-    problems = set()
-    if learned[-1] != tokenizer.eos_id:
-        problems.add("the EOS of an answer is not supervised")
-    if np.isin(learned, [tokenizer.bos_id, tokenizer.user_id, tokenizer.assistant_id]).any():
-        problems.add("a prompt marker is supervised")
-    return problems
+    before_answer = int(np.flatnonzero(tokens == tokenizer.assistant_id)[-1])
+    learnable = np.arange(before_answer, len(tokens) - 1)  # where the answer's tokens are next
+    faults = {
+        "a prompt token is supervised": learned[:before_answer].any(),
+        "the first token of an answer is not supervised": not learned[before_answer],
+        "an answer is supervised in part": not learned[learnable].all(),
+        "the EOS of an answer is not supervised": labels[-2] != tokenizer.eos_id,
+        "a label is not the token that follows": learned[-1]
+        or (labels[:-1][learned[:-1]] != tokens[1:][learned[:-1]]).any(),
+    }
+    return {fault for fault, found in faults.items() if found}
 
 
 def _marked(

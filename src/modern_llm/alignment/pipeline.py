@@ -1,6 +1,7 @@
 """The chain of stages: which folder, which parents, preflight, restart, report."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from modern_llm.runtime.environment import environment
 from modern_llm.runtime.logs import get_logger
 
 log = get_logger(__name__)
+SIBLING = re.compile(r"_\d{8}-\d{6}(-\d+)?")  # what `sibling_names` adds to a run's name
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,10 @@ class AlignmentPipeline:
 
     def preflight(self, stage: str = "all", *, checkpoint: Path | None = None) -> Preflight:
         """Look for every mistake that can be found before compute is spent; writes nothing."""
-        return Preflight(self.config, self._stages(stage), checkpoint, self._standing())
+        return Preflight(
+            self.config, self._stages(stage), checkpoint, self._standing(),
+            replace=self.on_exists == "replace",
+        )  # fmt: skip
 
     def run(self, stage: str = "all", *, checkpoint: Path | None = None) -> Outcome | None:
         """Run ``stage`` (or all), starting from ``checkpoint`` in place of the stage before.
@@ -118,6 +123,7 @@ class AlignmentPipeline:
         found = [
             folder
             for folder in (base, *base.parent.glob(f"{base.name}_2*"))
+            if folder == base or SIBLING.fullmatch(folder.name.removeprefix(base.name))
             if (folder / "config.json").is_file() and _config_hash(folder) == wanted
         ]
         return max(found, key=lambda f: f.stat().st_mtime, default=None)
@@ -137,7 +143,10 @@ class AlignmentPipeline:
         if self.on_exists == "replace" and base.exists():
             with locked(base):
                 pass  # refuses while another process works there
-        return new_folder(base, on_exists=self.on_exists)
+        made = new_folder(base, on_exists=self.on_exists)
+        if made is not None:
+            made.chmod(0o750)
+        return made
 
     def _write_records(self, run: Path) -> None:
         written = write_json(

@@ -1,23 +1,29 @@
 """What can be known before compute is spent: every problem at once, and the plan of a run."""
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 
 from modern_llm.alignment.stages import STAGES
 from modern_llm.alignment.stages.base import check_architecture
-from modern_llm.config import TRAINED_STAGES, PipelineConfig, SourceConfig
+from modern_llm.alignment.stages.evaluate import POLICIES
+from modern_llm.config import TRAINED_STAGES, DataConfig, PipelineConfig, SourceConfig
 from modern_llm.data.sources import open_source
+from modern_llm.data.sources.hub import stay_offline_if_unreachable
+from modern_llm.data.tokenizer import MIN_IDS, build_tokenizer
 from modern_llm.errors import CheckpointError, ConfigError, ModernLLMError, ProtectedPathError
 from modern_llm.models import ModernDecoderLM
 from modern_llm.models.cost import Cost
+from modern_llm.runtime.artifacts import sha256_file
 from modern_llm.runtime.devices import check_precision, resolve_device, single_process
-from modern_llm.training.checkpoint import read_checkpoint
+from modern_llm.training.checkpoint import MANIFEST, read_checkpoint
 from modern_llm.training.optim import OPTIMIZERS
 from modern_llm.training.schedule import SCHEDULES
 from modern_llm.training.throughput import peak_flops
@@ -25,6 +31,9 @@ from modern_llm.training.throughput import peak_flops
 ASSUMED_MFU = 0.4  # share of the device's peak that a plan counts on
 STATE_BYTES = 16  # a parameter's fp32 weight, gradient and two moments
 WEIGHT_BYTES = 4
+MIN_PROMPT_TOKENS = 3  # the markers around a prompt
+ANSWERED = ("instruct", "problems")
+STAGE_KINDS = {"pretrain": ("text",), "sft": ANSWERED, "dpo": ("pairs",), "verifier": ("problems",)}
 
 
 @dataclass(frozen=True)
@@ -54,6 +63,7 @@ class Preflight:
         stages: the stages that are asked for, in order.
         checkpoint: where the first of them starts, in place of the stage before.
         standing: folder of this very run, if it ran before.
+        replace: stages that stand will be run again.
     """
 
     def __init__(
@@ -62,12 +72,15 @@ class Preflight:
         stages: Sequence[str],
         checkpoint: Path | None,
         standing: Path | None,
+        *,
+        replace: bool = False,
     ) -> None:
         self.config = config
         self.stages = stages
         self.trained = [stage for stage in stages if stage in TRAINED_STAGES]
         self.checkpoint = checkpoint
         self.standing = standing
+        self.replace = replace
 
     @cached_property
     def problems(self) -> list[ModernLLMError]:
@@ -140,28 +153,74 @@ class Preflight:
             yield partial(OPTIMIZERS.check, training.optimizer.name, training.optimizer.options)
             yield partial(SCHEDULES.check, training.schedule.name, training.schedule.options)
             yield partial(_check_device, training.device, training.precision)
-        for source in self._sources():
-            yield partial(open_source, source, self.config.data)
+        yield self._check_lengths
+        yield self._check_tokenizer
+        for source, split, kinds in self._sources():
+            yield partial(_check_source, source, split, kinds, self.config.data)
         yield self._check_parent
+        yield self._check_lineage
         yield self._check_output
 
-    def _sources(self) -> Iterator[SourceConfig]:
+    def _sources(self) -> Iterator[tuple[SourceConfig, str, tuple[str, ...]]]:
+        """Every source with the split that is read of it, and the kinds of rows that will do."""
         for stage in self.trained:
-            section = self.config.stage(stage)
-            yield from (*section.data, *(section.validation or ()))
+            section, kinds = self.config.stage(stage), STAGE_KINDS[stage]
+            yield from ((source, "train", kinds) for source in section.data)
+            held_out = section.data if section.validation is None else section.validation
+            yield from ((source, "validation", kinds) for source in held_out)
         if "eval" in self.stages:
             tasks = self.config.eval
-            yield from (task.source for task in tasks.perplexity)
-            yield from (task.source for task in tasks.text_metrics)
-            yield from (task.source for task in (tasks.reasoning, tasks.preference) if task)
+            yield from ((task.source, task.split, ("text",)) for task in tasks.perplexity)
+            yield from ((task.source, task.split, ANSWERED) for task in tasks.text_metrics)
+            if tasks.reasoning:
+                yield tasks.reasoning.source, tasks.reasoning.split, ("problems",)
+            if tasks.preference:
+                yield tasks.preference.source, tasks.preference.split, ("pairs",)
+
+    def _check_lengths(self) -> None:
+        """Prompts keep room beside what is generated or trained on."""
+        config, limit = self.config, self.config.model.max_seq_len
+        lengths: dict[str, int] = {}
+        if "verifier" in self.stages:
+            lengths["verifier.max_new_tokens"] = config.verifier.max_new_tokens
+        if "eval" in self.stages:
+            lengths["eval.sample_tokens"] = config.eval.sample_tokens
+            for i, metric in enumerate(config.eval.text_metrics):
+                lengths[f"eval.text_metrics.{i}.max_new_tokens"] = metric.max_new_tokens
+            if config.eval.reasoning:
+                lengths["eval.reasoning.max_new_tokens"] = config.eval.reasoning.max_new_tokens
+        problems = [
+            f"{name}={length} leaves no room for a prompt in model.max_seq_len={limit}"
+            for name, length in lengths.items()
+            if length > limit - MIN_PROMPT_TOKENS
+        ]
+        if "dpo" in self.stages:
+            if config.dpo.max_prompt_tokens < MIN_PROMPT_TOKENS:
+                problems.append(f"dpo.max_prompt_tokens: at least {MIN_PROMPT_TOKENS}, for markers")
+            if config.dpo.max_answer_tokens < 2:
+                problems.append("dpo.max_answer_tokens: at least 2, a token and its EOS")
+        if problems:
+            raise ConfigError("\n".join(problems))
+
+    def _check_tokenizer(self) -> None:
+        """The tokenizer can be had and has no more ids than the model."""
+        wanted, vocab_size = self.config.tokenizer, self.config.model.vocab_size
+        if "pretrain" not in self.stages or self.checkpoint is not None:
+            return  # it comes with a checkpoint
+        if wanted.name in ("gpt2", "file"):
+            stay_offline_if_unreachable()
+            build_tokenizer(wanted, vocab_size=vocab_size, texts=_no_texts, data=self.config.data)
+        elif vocab_size < MIN_IDS:
+            raise ConfigError(
+                f"model.vocab_size={vocab_size}: tokenizer '{wanted.name}' needs {MIN_IDS} or more"
+            )
 
     def _check_parent(self) -> None:
         """The first stage has its parent, and the parent is of the config's architecture."""
-        first = self.stages[0]
-        path = self.checkpoint
+        first, path = self.stages[0], self.checkpoint
         before = STAGES[first].starts_from  # type: ignore[attr-defined]
         if path is None and before is not None:
-            path = (self.standing or self.config.paths.output / self.config.name) / before / "final"
+            path = self._run / before / "final"
             if not path.exists():
                 raise CheckpointError(
                     f"stage {first} starts from the {before} checkpoint, and {path} is not there; "
@@ -169,6 +228,37 @@ class Preflight:
                 )
         if path is not None:
             check_architecture(read_checkpoint(path), self.config.model)
+        elif first == "eval" and not any((self._run / s / "final").exists() for s in POLICIES):
+            raise CheckpointError(
+                f"nothing to evaluate: no finished stage below {self._run}; train one first, or "
+                "give --checkpoint PATH"
+            )
+
+    @property
+    def _run(self) -> Path:
+        """Folder of the run: the one that stands, or the one that will."""
+        return self.standing or self.config.paths.output / self.config.name
+
+    def _check_lineage(self) -> None:
+        """A stage that stands already came from this run's checkpoint of the stage before."""
+        if self.replace:
+            return
+        for before, stage in pairwise(self.stages):
+            record = self._run / stage / "stage.json"
+            if stage == "eval" or not record.is_file():
+                continue
+            parent = json.loads(record.read_text())["parent"]
+            final = self._run / before / "final"
+            if (final / MANIFEST).is_file():
+                same = parent["sha256"] == sha256_file(final / MANIFEST)
+            else:  # trained again, it will be the same to the bit; the folder may have moved
+                same = Path(parent["path"]).parts[-3:] == final.parts[-3:]
+            if not same:
+                raise ProtectedPathError(
+                    f"{record.parent} holds this stage from another parent checkpoint "
+                    f"({parent['path']}); give another --run-name, or --force to start the stages "
+                    "again (backups are kept)"
+                )
 
     def _check_output(self) -> None:
         """The output folder can be written and has room for the checkpoints."""
@@ -182,6 +272,21 @@ class Preflight:
                 f"{nearest}: {free_gb:.1f} GB free, the checkpoints take up to "
                 f"{self.disk_gb():.1f} GB; free space or give another --output-dir"
             )
+
+
+def _check_source(
+    source: SourceConfig, split: str, kinds: tuple[str, ...], data: DataConfig
+) -> None:
+    opened = open_source(source, data)
+    if opened.kind not in kinds:
+        raise ConfigError(
+            f"{opened.description}: rows of kind '{opened.kind}', needed here: {' or '.join(kinds)}"
+        )
+    opened.check(split)
+
+
+def _no_texts() -> Iterator[str]:
+    return iter(())
 
 
 def _check_device(name: str, precision: str) -> None:

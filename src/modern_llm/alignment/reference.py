@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -39,12 +40,13 @@ def reference_logprobs(
         precision: of the forward pass.
     """
     key = sha256_json([model_sha256, store.fingerprint, precision])
-    path = cache_dir / "reference" / f"{key}.npy"
+    path = cache_dir / "reference" / f"{key}.npz"
     if path.exists():
-        values = np.load(path, allow_pickle=False)
-        if values.shape == (len(store), 2):
+        cached = _read(path, rows=len(store))
+        if cached is not None:
             log.info("reference log-probabilities of %d pairs: from the cache", len(store))
-            return torch.from_numpy(values)
+            return cached
+        log.warning("%s is damaged; computed again", path)
     reference = model()
     device = next(reference.parameters()).device
     order = np.argsort(store.offsets[:, -1] - store.offsets[:, 0], kind="stable")
@@ -55,6 +57,17 @@ def reference_logprobs(
             batch = collate_pairs(store, rows).to(device)
             values[rows] = logprobs(reference, batch).cpu().numpy()
     buffer = BytesIO()
-    np.save(buffer, values, allow_pickle=False)
+    np.savez(buffer, logprobs=values)  # an archive carries a checksum
     write_bytes(path, buffer.getvalue(), on_exists="replace" if path.exists() else "skip")
     return torch.from_numpy(values)
+
+
+def _read(path: Path, *, rows: int) -> Tensor | None:
+    """The cached values; ``None`` when they are not what was written."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            values = archive["logprobs"]
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+        return None
+    good = values.shape == (rows, 2) and values.dtype == np.float32 and np.isfinite(values).all()
+    return torch.from_numpy(values) if good else None

@@ -187,9 +187,9 @@ class TrainedStage(Stage):
         return self.objective()
 
     def build_model(self) -> nn.Module:
-        """The parent's model, on the stage's device."""
+        """The parent's model, on the stage's device, in training mode."""
         assert self.parent is not None
-        return load_policy(self.parent, self.device, self.config.model)
+        return load_policy(self.parent, self.device, self.config.model).train()
 
     def audit(self) -> dict[str, Any] | None:
         """Proof, made before the first step, that the data is what it should be."""

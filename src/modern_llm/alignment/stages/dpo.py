@@ -137,15 +137,16 @@ class DPOStage(TrainedStage):
         """KL(policy || reference) of whole answers in nats, estimated on the policy's samples."""
         assert self.parent is not None
         room = model.config.max_seq_len - self.section.max_answer_tokens
+        longest = self.section.max_answer_tokens
         count = min(KL_PROMPTS, len(self.validation_store))
         prompts = [self.validation_store.record(i)[0].tolist()[-room:] for i in range(count)]
         answers = sample_ids(
             model, self.tokenizer, prompts,
-            max_new_tokens=self.section.max_answer_tokens, temperature=KL_TEMPERATURE,
+            max_new_tokens=longest, temperature=KL_TEMPERATURE,
             seeds=list(range(count)),
         )  # fmt: skip
-        rows = [
-            (prompt, [*answer, self.tokenizer.eos_id])
+        rows = [  # an answer that ran out of tokens has no EOS
+            (prompt, answer if len(answer) == longest else [*answer, self.tokenizer.eos_id])
             for prompt, answer in zip(prompts, answers, strict=True)
         ]
         compute = Compute(self.device, self.section.training.micro_batch_size)

@@ -16,8 +16,10 @@ from modern_llm.data.store import TokenStore
 from modern_llm.data.tokenizer import Tokenizer, build_tokenizer
 from modern_llm.models import ModernDecoderLM
 from modern_llm.runtime.seeding import derive_seed, seed_everything
+from modern_llm.training.checkpoint import TOKENIZER
 from modern_llm.training.objectives import LMObjective, Objective
 from modern_llm.training.records import FirstLoss
+from modern_llm.training.retention import newest_good
 
 FIRST_LOSS_TOLERANCE = 0.5  # nats around ln V
 
@@ -30,9 +32,14 @@ class PretrainStage(TrainedStage):
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The checkpoint's tokenizer, else one made for the training text."""
+        """The checkpoint's tokenizer, else one made for the training text.
+
+        A run that goes on with changed data keeps the tokenizer that its weights know.
+        """
         if self.parent is not None:
             return Tokenizer.load(self.parent.tokenizer_path)
+        if self.allow_data_change and (last := newest_good(self.folder / "checkpoints")):
+            return Tokenizer.load(last / TOKENIZER)
         return build_tokenizer(
             self.config.tokenizer, vocab_size=self.config.model.vocab_size,
             texts=self._texts, data=self.config.data,

@@ -80,6 +80,14 @@ class Source(ABC):
             DataError: the split cannot be had, or too many rows are malformed.
         """
 
+    def check(self, split: str) -> None:
+        """Refuse at once a split that cannot be had; reads no rows and downloads nothing.
+
+        Raises:
+            DataError: files are missing, or the set has no such split.
+        """
+        check_split(split)
+
     @abstractmethod
     def fingerprint(self, split: str = "train") -> str:
         """Hash of all that decides the rows of a split: content or revision, and options."""

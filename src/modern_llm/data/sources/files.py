@@ -184,6 +184,10 @@ class _PathSource(Source):
         content = content_hash(self._path(check_split(split)), self.data)
         return sha256_json(["file", self.kind, content, split, self.shares, self.options])
 
+    def check(self, split: str) -> None:
+        """See `Source`."""
+        self._path(check_split(split))
+
     def _path(self, split: str) -> Path:
         path = self.paths.get(split, self.paths["train"])
         if not path.is_file():

@@ -43,6 +43,16 @@ class HubSet:
         part = "".join(f"/{p}" for p in (self.config, self.data_dir) if p)
         return f"{self.repository}{part}@{self.revision}"
 
+    def check(self, split: str, wanted: str) -> None:
+        """Where the hub is out of reach, look whether its cache on this disk has the split.
+
+        Raises:
+            DataError: as `rows`.
+        """
+        stay_offline_if_unreachable()
+        if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+            next(self.rows(split, wanted), None)
+
     def rows(self, split: str, wanted: str) -> Iterator[tuple[str, Any]]:
         """Raw rows of a split of ours, with where each is from.
 
@@ -53,7 +63,7 @@ class HubSet:
         Raises:
             DataError: neither is to be had; says both ways out.
         """
-        _stay_offline_if_unreachable()
+        stay_offline_if_unreachable()
         try:
             import datasets
 
@@ -96,7 +106,7 @@ def resolved(repository: str, revision: str) -> str:
 
 
 @cache
-def _stay_offline_if_unreachable() -> None:
+def stay_offline_if_unreachable() -> None:
     """Answer at once where there is no network: from the hub's cache on disk, or with an error.
 
     Without this each file is asked for six times with growing pauses. Proxies are left alone.

@@ -79,6 +79,13 @@ class NamedSource(Source):
         )
         return sha256_json([self.name, self.description, split, stored, shares, content])
 
+    def check(self, split: str) -> None:
+        """See `Source`; where the hub can be reached, it is taken to have the set."""
+        stored, _ = self.stored(check_split(split))
+        if not self.local(stored):
+            for hub in self._hub_with(stored):
+                hub.check(stored, self._wanted(stored))
+
     def local(self, stored: str) -> list[Path]:
         """Local files of a stored split; empty when one of them is missing."""
         found = [find_local(self.data, *names) for names in self.files(stored)]
@@ -107,11 +114,18 @@ class NamedSource(Source):
             yield from self.read(path, stored, counts)
         if local:
             return
-        wanted = " and ".join(names[0] for names in self.files(stored)) or "its files"
+        for hub in self._hub_with(stored):
+            yield from self.from_hub(hub.rows(stored, self._wanted(stored)), stored)
+
+    def _wanted(self, stored: str) -> str:
+        """Local files that would serve, for errors."""
+        return " and ".join(names[0] for names in self.files(stored)) or "its files"
+
+    def _hub_with(self, stored: str) -> Iterator[HubSet]:
         for hub in self._hub_sets():
             if stored not in hub.splits:
                 raise DataError(f"{self.name}: the set has no split '{stored}'")
-            yield from self.from_hub(hub.rows(stored, wanted), stored)
+            yield hub
 
     def _hub_sets(self) -> list[HubSet]:
         if self.revision is None:
