@@ -17,6 +17,7 @@ from modern_llm import __version__
 from modern_llm.config import STAGES, PipelineConfig, json_schema, list_presets, load_config
 from modern_llm.errors import ConfigError, ModernLLMError
 from modern_llm.runtime.artifacts import Policy
+from modern_llm.runtime.signals import stop_at_once
 
 EXIT_CODES = """exit codes:
   0 done   2 config   3 data   4 checkpoint   5 diverged   6 protected or unwritable path
@@ -95,9 +96,10 @@ def _run(args: argparse.Namespace) -> int:
         from modern_llm.alignment.plan import print_plan
 
         return print_plan(config, pipeline.preflight(stage, checkpoint=checkpoint))
-    outcome = pipeline.run(stage, checkpoint=checkpoint)
-    if outcome is not None:
-        _conclude(outcome.run, config, changed=bool(outcome.ran), on_exists=args.on_exists)
+    with stop_at_once():
+        outcome = pipeline.run(stage, checkpoint=checkpoint)
+        if outcome is not None:
+            _conclude(outcome.run, config, changed=bool(outcome.ran), on_exists=args.on_exists)
     return 0
 
 

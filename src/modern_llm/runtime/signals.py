@@ -1,8 +1,12 @@
-"""Signals that ask a run to stop after the step it is in."""
+"""Signals that ask a run to stop: after the step it is in, or at once where nothing is lost."""
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, Self
+
+from modern_llm.errors import StoppedBySignal
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -10,7 +14,8 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 class StopSignal:
     """While entered, SIGTERM, SIGINT and SIGUSR1 set ``requested`` and do nothing else.
 
-    A second SIGINT raises ``KeyboardInterrupt``: the user does not want to wait.
+    A second SIGINT raises ``KeyboardInterrupt``: the user does not want to wait. A request that is
+    still unanswered when the block ends goes to the `stop_at_once` around it, if there is one.
     """
 
     def __init__(self) -> None:
@@ -33,4 +38,37 @@ class StopSignal:
         trace: TracebackType | None,
     ) -> None:
         for number, handler in self._before.items():
+            signal.signal(number, handler)
+        if self.requested is not None and kind is None:
+            number = signal.Signals[self.requested]
+            if self._before[number] is _stop_now:
+                _stop_now(number, None)
+
+
+class _Stop(BaseException):  # passes what catches Exception
+    """Carries a signal's name to the end of `stop_at_once`."""
+
+
+def _stop_now(number: int, frame: FrameType | None) -> None:
+    raise _Stop(signal.Signals(number).name)
+
+
+@contextmanager
+def stop_at_once() -> Iterator[None]:
+    """While entered, a stop signal ends the block where it is.
+
+    For work between training loops, such as preparing data and evaluation: its files appear whole
+    or not at all, so there is nothing to be saved.
+
+    Raises:
+        StoppedBySignal: a signal came.
+    """
+    before = {number: signal.signal(number, _stop_now) for number in STOP_SIGNALS}
+    try:
+        yield
+    except _Stop as stop:
+        told = f"{stop}: what is finished stands; the same command goes on from there"
+        raise StoppedBySignal(told) from None
+    finally:
+        for number, handler in before.items():
             signal.signal(number, handler)
