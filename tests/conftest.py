@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,3 +141,27 @@ def cli() -> Callable[..., "subprocess.CompletedProcess[str]"]:
         )  # fmt: skip
 
     return call
+
+
+@pytest.fixture
+def make_disk(tmp_path: Path) -> Iterator[Callable[..., Path]]:
+    """Mount a disk of its own, ``make_disk(kb=100)`` or ``make_disk(read_only=True)``, or skip."""
+    mounted: list[Path] = []
+
+    def make(*, kb: int = 1000, read_only: bool = False) -> Path:
+        disk = tmp_path / f"disk-{len(mounted)}"
+        disk.mkdir()
+        options = f"size={kb}k" + (",ro" if read_only else "")
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(disk)]
+        try:
+            refused = subprocess.run(command, capture_output=True).returncode != 0
+        except FileNotFoundError:
+            refused = True
+        if refused:
+            pytest.skip("mounting a disk needs root on Linux")
+        mounted.append(disk)
+        return disk
+
+    yield make
+    for disk in mounted:
+        subprocess.run(["umount", str(disk)], check=True)

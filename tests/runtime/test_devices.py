@@ -1,0 +1,119 @@
+from contextlib import nullcontext
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from modern_llm.errors import ConfigError
+from modern_llm.runtime import devices
+from modern_llm.runtime.devices import (
+    Ranks,
+    autocast,
+    check_precision,
+    memory_gb,
+    resolve_device,
+    set_threads,
+    single_process,
+)
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Pretend that there are so many GPUs."""
+
+    def pretend(count: int, *, bf16: bool = True) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: bf16)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+
+    return pretend
+
+
+def test_auto_takes_what_there_is(gpus: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus(0)
+    assert resolve_device().type == resolve_device("cpu").type == "cpu"
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert resolve_device("auto").type == "mps"
+    gpus(1)
+    assert resolve_device("auto").type == resolve_device("cuda").type == "cuda"
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda:0", "mps", "meta", "xpu"])
+def test_an_absent_device_is_refused(gpus: Any, name: str) -> None:
+    gpus(0)
+    with pytest.raises(ConfigError, match=f"training.device: '{name}' is not available here"):
+        resolve_device(name)
+
+
+def test_a_gpu_beyond_the_last_is_refused(gpus: Any) -> None:
+    gpus(2)
+    assert resolve_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(ConfigError, match=r"'cuda:2' is not here; the last of 2 is cuda:1"):
+        resolve_device("cuda:2")
+
+
+@pytest.mark.parametrize("name", ["gpu", "", "cuda:x", "cpu cuda"])
+def test_an_unknown_device_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="unknown device"):
+        resolve_device(name)
+
+
+@pytest.mark.parametrize("world_size", ["2", "8", "many", ""])
+def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch, world_size: str) -> None:
+    monkeypatch.setenv("WORLD_SIZE", world_size)
+    with pytest.raises(ConfigError, match=f"WORLD_SIZE={world_size}, but .* is one process"):
+        single_process()
+
+
+def test_one_process_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert single_process() == Ranks(0, 0, 1)
+    monkeypatch.delenv("WORLD_SIZE")
+    assert single_process() == Ranks()
+
+
+def test_precision_is_checked_not_assumed(gpus: Any) -> None:
+    for precision in ("fp32", "bf16"):
+        check_precision(precision, CPU)
+    with pytest.raises(ConfigError, match="fp16 needs a GPU"):
+        check_precision("fp16", CPU)
+    gpus(1)
+    for precision in ("fp32", "bf16", "fp16"):
+        check_precision(precision, torch.device("cuda"))
+    gpus(1, bf16=False)
+    with pytest.raises(ConfigError, match="no bf16; use fp16 or fp32"):
+        check_precision("bf16", torch.device("cuda"))
+
+
+def test_autocast_computes_in_the_precision() -> None:
+    x = torch.ones(2, 2)
+    with autocast(CPU, "bf16"):
+        assert (x @ x).dtype == torch.bfloat16
+    assert isinstance(autocast(CPU, "fp32"), nullcontext)
+    with autocast(CPU, "fp32"):
+        assert (x @ x).dtype == torch.float32
+
+
+def test_threads() -> None:
+    before = torch.get_num_threads()
+    try:
+        set_threads(1)
+        assert torch.get_num_threads() == 1
+        set_threads(None)
+        assert torch.get_num_threads() == 1
+    finally:
+        set_threads(before)
+
+
+def test_memory_is_that_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert memory_gb(CPU) == pytest.approx(psutil.Process().memory_info().rss / 1e9, rel=0.05)
+
+    def no_proc(path: str) -> Any:
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(devices, "open", no_proc, raising=False)  # as on macOS
+    assert memory_gb(CPU) > 0
