@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from modern_llm.alignment.sampling import sample_texts
 from modern_llm.alignment.stages.base import STAGES, TrainedStage, load_policy, model_config
 from modern_llm.config import VerifierConfig
-from modern_llm.data.collate import AnswerBatch, collate_answers
+from modern_llm.data.collate import IGNORE, AnswerBatch, collate_answers
 from modern_llm.data.corruption import corrupt_solution
 from modern_llm.data.loader import BucketLoader
 from modern_llm.data.prepare import solution_store
@@ -45,10 +45,11 @@ Solution = dict[str, Any]  # question, text, label (1 right), origin
 
 
 class VerifierObjective:
-    """Correctness at every answer token, and the language-model loss beside it.
+    """Correctness at every answer token, and the language-model loss of right solutions beside it.
 
     The label of a solution is the target of each of its tokens, so that the score is trained all
-    along the solution; the score that is used is the one at the last token.
+    along the solution; the score that is used is the one at the last token. Wrong solutions are
+    no text to imitate, so they have no language-model loss.
 
     Args:
         lm_coef: weight of the language-model loss.
@@ -68,10 +69,11 @@ class VerifierObjective:
         answer_M = batch.answer_BT.flatten().nonzero().squeeze(1)
         before_M = answer_M - 1  # where the answer's tokens are predicted
         logits_MV, value_BT = model(batch.tokens_BT, at_M=before_M)
-        lm_sum = token_loss_sum(logits_MV, batch.labels_BT.flatten()[before_M])
         value_M = value_BT.flatten()[answer_M].float()
         label_M = batch.label_B[:, None].expand_as(value_BT).flatten()[answer_M]
         value_sum = F.binary_cross_entropy_with_logits(value_M, label_M, reduction="sum")
+        next_M = batch.labels_BT.flatten()[before_M].masked_fill(label_M < 0.5, IGNORE)
+        lm_sum = token_loss_sum(logits_MV, next_M)
         metrics = {
             "value_loss": value_sum.detach(),
             "lm_loss": lm_sum.detach(),
