@@ -1,0 +1,136 @@
+"""Small models of every kind, token stores written by hand, and parts of the tiny run."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from modern_llm.alignment.stages.base import load_policy
+from modern_llm.config import DataConfig, ModelConfig, PipelineConfig, load_config
+from modern_llm.data.sources.base import RowCounts, Source
+from modern_llm.data.store import TokenStore, build_store
+from modern_llm.data.tokenizer import Tokenizer
+from modern_llm.models import ModernDecoderLM
+from modern_llm.runtime.artifacts import sha256_json
+from modern_llm.training.checkpoint import read_checkpoint
+
+VOCAB = 24
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def make_config() -> Callable[..., ModelConfig]:
+    def make(**changes: Any) -> ModelConfig:
+        sizes = {"vocab_size": VOCAB, "d_model": 16, "n_layers": 2, "n_heads": 2, "max_seq_len": 32}
+        return ModelConfig(**{**sizes, "init_std": 0.2, **changes})
+
+    return make
+
+
+@pytest.fixture
+def make_model(make_config: Callable[..., ModelConfig]) -> Callable[..., ModernDecoderLM]:
+    """A decoder in eval mode whose logits are far from uniform."""
+
+    def make(*, seed: int = 0, **changes: Any) -> ModernDecoderLM:
+        torch.manual_seed(seed)
+        return ModernDecoderLM(make_config(**changes)).eval()
+
+    return make
+
+
+@pytest.fixture
+def make_store(tmp_path: Path) -> Callable[..., TokenStore]:
+    """A store of hand-written records: ids of each segment, then the columns."""
+
+    def make(
+        records: Sequence[tuple[Any, ...]], segments: Sequence[str], *, columns: Sequence[str] = ()
+    ) -> TokenStore:
+        return build_store(
+            tmp_path / "cache", segments=segments, key={"records": list(records)},
+            records=iter(records), n_vocab=VOCAB, pad_id=2, columns=columns,
+        )  # fmt: skip
+
+    return make
+
+
+def ragged_pairs(n: int, *, seed: int = 0, longest: int = 9) -> list[tuple[list[int], ...]]:
+    """Prompts of 3 to 8 tokens, answers of 1 to ``longest``, ids from 5 on."""
+    rng = torch.Generator().manual_seed(seed)
+
+    def ids(least: int, most: int) -> list[int]:
+        size = int(torch.randint(least, most + 1, (), generator=rng))
+        return torch.randint(5, VOCAB, (size,), generator=rng).tolist()
+
+    return [(ids(3, 8), ids(1, longest), ids(1, longest)) for _ in range(n)]
+
+
+@pytest.fixture
+def pairs() -> list[tuple[list[int], ...]]:
+    return ragged_pairs(8)
+
+
+@pytest.fixture
+def pair_records(
+    make_store: Callable[..., TokenStore], pairs: list[tuple[list[int], ...]]
+) -> TokenStore:
+    return make_store(pairs, ("prompt", "chosen", "rejected"))
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_run: Any) -> PipelineConfig:
+    """The resolved config of the tiny run."""
+    return load_config(tiny_run.config)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny_run: Any) -> Tokenizer:
+    return Tokenizer.load(tiny_run.run / "sft" / "final" / "tokenizer.json")
+
+
+@pytest.fixture(scope="session")
+def policy(tiny_run: Any) -> ModernDecoderLM:
+    """The policy of the tiny run after SFT; read it, never train it."""
+    return load_policy(read_checkpoint(tiny_run.run / "sft" / "final"), torch.device("cpu"))
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> DataConfig:
+    return DataConfig(cache_dir=tmp_path / "cache")
+
+
+class RowsSource(Source):
+    """Rows given in a test, the same for every split unless ``held_out`` is given."""
+
+    def __init__(
+        self, rows: Sequence[dict[str, Any]], kind: str, held_out: Sequence[dict[str, Any]] | None
+    ) -> None:
+        self.kind, self.description = kind, f"rows of a test ({kind})"
+        self.by_split = {"train": rows, "validation": held_out or rows, "test": held_out or rows}
+
+    def rows(self, split: str, counts: RowCounts | None = None) -> Iterator[dict[str, Any]]:
+        yield from self.by_split[split]
+
+    def fingerprint(self, split: str = "train") -> str:
+        return sha256_json([split, list(map(str, self.by_split[split]))])
+
+
+@pytest.fixture
+def make_source() -> Callable[..., Source]:
+    def make(
+        rows: Sequence[dict[str, Any]],
+        *,
+        kind: str = "instruct",
+        held_out: Sequence[dict[str, Any]] | None = None,
+    ) -> Source:
+        return RowsSource(rows, kind, held_out)
+
+    return make

@@ -1,0 +1,118 @@
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from modern_llm.alignment.sampling import sample_ids, sample_texts
+from modern_llm.data.templates import Turn, prompt_ids
+from modern_llm.data.tokenizer import Tokenizer
+from modern_llm.errors import ConfigError
+from modern_llm.models import ModernDecoderLM
+
+PROMPTS = [
+    "Tom has 3 pens. He buys 4 more. How many pens does Tom have now?",
+    "Say hello.",
+    "Anna has 12 cups.",
+    "How many words are here: red blue",
+]
+
+
+@pytest.fixture
+def sharp(policy: ModernDecoderLM) -> ModernDecoderLM:
+    """The tiny policy's shape with random weights whose answers differ and may end."""
+    torch.manual_seed(5)
+    model = ModernDecoderLM(policy.config.model_copy(update={"init_std": 0.3}))
+    return model.eval()
+
+
+def drawn(
+    model: ModernDecoderLM, tokenizer: Tokenizer, prompts: Any, **changes: Any
+) -> list[list[str]]:
+    options = {"max_new_tokens": 8, "n_samples": 3, "temperature": 0.9, "seed": 4, **changes}
+    return sample_texts(model, tokenizer, prompts, **options)
+
+
+def test_an_answer_does_not_depend_on_what_is_sampled_beside_it(
+    sharp: ModernDecoderLM, tokenizer: Tokenizer
+) -> None:
+    together = drawn(sharp, tokenizer, PROMPTS)
+    assert drawn(sharp, tokenizer, PROMPTS[::-1])[::-1] == together
+    assert [drawn(sharp, tokenizer, [prompt])[0] for prompt in PROMPTS] == together
+    assert drawn(sharp, tokenizer, PROMPTS * 2) == together * 2
+
+
+def test_more_samples_begin_with_the_same_ones(
+    sharp: ModernDecoderLM, tokenizer: Tokenizer
+) -> None:
+    few, many = (drawn(sharp, tokenizer, PROMPTS, n_samples=n) for n in (2, 5))
+    assert [group[:2] for group in many] == few
+
+
+def test_samples_of_one_prompt_differ_and_follow_the_seed(
+    sharp: ModernDecoderLM, tokenizer: Tokenizer
+) -> None:
+    first = drawn(sharp, tokenizer, PROMPTS[:1])
+    assert len(set(first[0])) == 3
+    assert drawn(sharp, tokenizer, PROMPTS[:1]) == first
+    assert drawn(sharp, tokenizer, PROMPTS[:1], seed=5) != first
+
+
+def test_sampling_does_not_touch_the_global_generator(
+    sharp: ModernDecoderLM, tokenizer: Tokenizer
+) -> None:
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    drawn(sharp, tokenizer, PROMPTS[:1])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_greedy_is_the_likeliest_token_after_the_template(
+    sharp: ModernDecoderLM, tokenizer: Tokenizer
+) -> None:
+    (answers,) = sample_texts(sharp, tokenizer, [PROMPTS[1]], max_new_tokens=4)
+    ids = prompt_ids(tokenizer, PROMPTS[1])
+    expected: list[int] = []
+    with torch.no_grad():
+        for _ in range(4):
+            logits = sharp(torch.tensor([ids + expected]))[0, -1, : tokenizer.n_vocab]
+            if int(logits.argmax()) == tokenizer.eos_id:
+                break
+            expected.append(int(logits.argmax()))
+    assert answers == [tokenizer.decode(expected)]
+
+
+def test_a_prompt_without_room_is_cut_from_its_start(
+    sharp: ModernDecoderLM, tokenizer: Tokenizer
+) -> None:
+    long = "red blue " * 200 + "Say hello."
+    ids = prompt_ids(tokenizer, long)
+    room = sharp.config.max_seq_len - 8
+    (answers,) = sample_texts(sharp, tokenizer, [long], max_new_tokens=8)
+    (expected,) = sample_ids(sharp, tokenizer, [[*ids[:2], *ids[-(room - 2) :]]], max_new_tokens=8)
+    assert answers == [tokenizer.decode(expected)]
+
+
+def test_no_room_for_any_prompt_is_an_error(sharp: ModernDecoderLM, tokenizer: Tokenizer) -> None:
+    with pytest.raises(ConfigError):
+        sample_texts(sharp, tokenizer, ["Hi"], max_new_tokens=sharp.config.max_seq_len)
+
+
+def test_a_dialogue_is_a_prompt(sharp: ModernDecoderLM, tokenizer: Tokenizer) -> None:
+    turns = [Turn("user", "Hi."), Turn("assistant", "Hello."), Turn("user", "And?")]
+    (answers,) = sample_texts(sharp, tokenizer, [turns], max_new_tokens=4)
+    (expected,) = sample_ids(sharp, tokenizer, [prompt_ids(tokenizer, turns)], max_new_tokens=4)
+    assert answers == [tokenizer.decode(expected)]
+
+
+def test_ids_beyond_the_tokenizer_are_never_drawn(
+    tokenizer: Tokenizer, make_model: Callable[..., ModernDecoderLM]
+) -> None:
+    model = make_model(vocab_size=tokenizer.n_vocab + 40)
+    with torch.no_grad():  # the unused rows are the likeliest
+        model.embedding.weight[tokenizer.n_vocab :] *= 50
+    rows = sample_ids(
+        model, tokenizer, [[tokenizer.bos_id, 9]] * 4, max_new_tokens=12, temperature=2.0,
+        seeds=[0, 1, 2, 3],
+    )  # fmt: skip
+    assert all(token < tokenizer.n_vocab for row in rows for token in row)
