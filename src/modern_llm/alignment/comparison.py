@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from modern_llm.alignment.precision import concrete
 from modern_llm.alignment.stages.base import load_policy
 from modern_llm.alignment.suite import Suite
 from modern_llm.config import PipelineConfig
@@ -44,6 +45,7 @@ def compare_checkpoints(
     names = [str(path) for path in checkpoints]
     if len(set(names)) != len(names):
         raise ConfigError("--checkpoints names one folder twice")
+    config = concrete(config)
     set_threads(config.eval.threads)
     suite = Suite(config)
     contestants: list[Contestant] = []

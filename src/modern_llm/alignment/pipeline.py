@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from modern_llm.alignment.precision import concrete
 from modern_llm.alignment.preflight import Preflight
 from modern_llm.alignment.stages import STAGES, Stage
 from modern_llm.config import STAGES as STAGE_ORDER
@@ -51,7 +52,7 @@ class AlignmentPipeline:
         allow_data_change: bool = False,
         origin: Mapping[str, str] | None = None,
     ) -> None:
-        self.config = config
+        self.config = concrete(config)
         self.on_exists = on_exists
         self.resume = resume
         self.allow_data_change = allow_data_change
@@ -143,10 +144,7 @@ class AlignmentPipeline:
         if self.on_exists == "replace" and base.exists():
             with locked(base):
                 pass  # refuses while another process works there
-        made = new_folder(base, on_exists=self.on_exists)
-        if made is not None:
-            made.chmod(0o750)
-        return made
+        return new_folder(base, on_exists=self.on_exists)
 
     def _write_records(self, run: Path) -> None:
         written = write_json(

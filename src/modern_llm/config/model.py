@@ -4,7 +4,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from modern_llm.config.schema import Component, Schema
+from modern_llm.config.schema import Component, Schema, count_of
 
 GATED_FFNS = ("swiglu", "geglu")  # three matrices: their default width is 8/3 of d_model
 
@@ -75,13 +75,13 @@ class ModelConfig(Schema):
         if not isinstance(value, dict):
             return value
         value = canonical_names(value)
-        if isinstance(heads := value.get("n_heads"), int):
-            value.setdefault("n_kv_heads", heads)
-        if isinstance(width := value.get("d_model"), int):
-            ffn = value.get("ffn", "swiglu")
-            name = ffn.get("name") if isinstance(ffn, dict) else getattr(ffn, "name", ffn)
-            gated = name in GATED_FFNS
-            value.setdefault("d_ff", -(-8 * width // 96) * 32 if gated else 4 * width)
+        # What is wrong with these two is told there: then any default will do.
+        heads, width = (count_of(value.get(name)) or 1 for name in ("n_heads", "d_model"))
+        value.setdefault("n_kv_heads", heads)
+        ffn = value.get("ffn", "swiglu")
+        name = ffn.get("name", "swiglu") if isinstance(ffn, dict) else getattr(ffn, "name", ffn)
+        gated = name in GATED_FFNS
+        value.setdefault("d_ff", -(-8 * width // 96) * 32 if gated else 4 * width)
         return value
 
     @model_validator(mode="after")

@@ -15,7 +15,7 @@ from pydantic import (
 
 from modern_llm.config.data import DataConfig, TokenizerConfig
 from modern_llm.config.model import ModelConfig
-from modern_llm.config.schema import Schema, SourceConfig
+from modern_llm.config.schema import Schema, SourceConfig, count_of
 from modern_llm.config.training import TrainingConfig
 from modern_llm.runtime.artifacts import sha256_json, to_json
 
@@ -122,7 +122,7 @@ class EvalConfig(Schema):
     baselines: list[str] = Field(default_factory=list)  # transformers models by hub name or folder
     batch_size: PositiveInt = 32
     device: str = "auto"
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
     threads: PositiveInt | None = None
 
 
@@ -166,6 +166,9 @@ class PipelineConfig(Schema):
         shared = value.get("training") or {}
         model = value.get("model")
         seq_len = model.get("max_seq_len") if isinstance(model, dict) else None
+        cap = count_of(value.get("max_steps"))
+        # What is wrong with these is told there, and not once more for every stage.
+        defaults = {"seq_len": count_of(seq_len) or 1, "seed": count_of(value.get("seed")) or 0}
         value = dict(value)
         for stage in TRAINED_STAGES:
             section = value.get(stage)
@@ -174,11 +177,9 @@ class PipelineConfig(Schema):
             own = section.get("training", {})
             if not isinstance(own, dict):
                 continue
-            defaults = {"seed": value.get("seed", 0)} | ({"seq_len": seq_len} if seq_len else {})
             training = {**defaults, **shared, **own}
-            cap = value.get("max_steps")
-            if isinstance(cap, int) and cap > 0 and isinstance(training.get("max_steps"), int):
-                training["max_steps"] = min(cap, training["max_steps"])
+            if cap and (steps := count_of(training.get("max_steps"))):
+                training["max_steps"] = min(cap, steps)
             value[stage] = {**section, "training": training}
         return value
 

@@ -33,6 +33,17 @@ class Schema(BaseModel):
         return named
 
 
+def count_of(raw: Any) -> int | None:
+    """The count that a raw value stands for (``64`` or ``"64"``), ``None`` if it stands for none.
+
+    For defaults that follow another field, before that field is checked and told to be wrong.
+    """
+    try:
+        return max(0, int(raw)) or None
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
 class Component(Schema):
     """A registered component: ``"rope"`` or ``{"name": "rope", "theta": 500000}``.
 

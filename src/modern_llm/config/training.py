@@ -30,7 +30,7 @@ class TrainingConfig(Schema):
     betas: tuple[float, float] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
     max_grad_norm: PositiveFloat = 1.0
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"  # auto: what the device is fast in
     compile: bool = False
     activation_checkpointing: bool = False
     doc_mask: bool = False  # documents packed in one row do not see each other

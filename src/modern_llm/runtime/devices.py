@@ -1,6 +1,7 @@
 """Devices, ranks, precision and threads: what was asked for is applied or refused."""
 
 import os
+import platform
 import resource
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -80,6 +81,21 @@ def check_precision(precision: str, device: torch.device) -> None:
         raise ConfigError("training.precision: fp16 needs a GPU; use bf16 or fp32 on a CPU")
     if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise ConfigError("training.precision: this GPU has no bf16; use fp16 or fp32")
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """``auto`` as the precision that ``device`` has hardware for; any other name as it is.
+
+    bf16 on GPUs and CPUs that multiply in it (AVX512-BF16, AMX), fp16 on older GPUs, else fp32.
+    """
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    if device.type == "cpu" and platform.machine() == "x86_64":
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return "bf16" if fast else "fp32"
+    return "fp32"
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
