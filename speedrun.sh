@@ -30,15 +30,19 @@ preset_names() {
     for file in configs/*.json configs/*.yaml configs/*.yml; do
         [ -f "$file" ] || continue
         name=$(basename "${file%.*}")
-        [ "$name" = schema ] || printf '%s\n' "$name"
+        case $name in schema | _*) ;; *) printf '%s\n' "$name" ;; esac
     done | sort
+}
+
+describe() { # the first description in a config file, if any
+    sed -nE 's/^ *"?description"?: *"?([^"]*)"?,?$/\1/p' "configs/$1".* | head -n 1
 }
 
 usage() {
     printf 'usage: bash speedrun.sh PRESET [section.field=value ...]\n'
     printf '       bash speedrun.sh test [pytest options]\n'
     printf '       bash speedrun.sh setup\n\npresets (configs/, or a path to a .json or .yaml):\n'
-    preset_names | sed 's/^/  /'
+    preset_names | while read -r name; do printf '  %-12s %s\n' "$name" "$(describe "$name")"; done
 }
 
 is_new_enough() {
