@@ -30,10 +30,12 @@ def initialize(model: nn.Module, config: ModelConfig) -> None:
 
 @torch.no_grad()
 def calm_tied_logits(last_norm: Norm, config: ModelConfig) -> None:
-    """Scale the last norm's gain so that tied embeddings start with logits of order 1.
+    """Scale the last norm's gain so that tied embeddings start with a loss of about ``ln V``.
 
     At the start the last hidden state still points at the embedding of its own token, whose logit
-    would be ``init_std * d_model`` (7.7 for a width of 384): enough to put the first loss of a
-    small vocabulary far above ``ln V``.
+    is up to ``init_std * d_model`` (7.7 for a width of 384): more than a small vocabulary can
+    outweigh. Held to ``ln V - 2`` it adds ``ln(1 + e^-2)`` = 0.13 nats to the first loss at most.
+    A smaller gain, or smaller embeddings, would slow the first steps.
     """
-    last_norm.weight.mul_(min(1.0, 1.0 / (config.init_std * config.d_model)))
+    own_logit = config.init_std * config.d_model
+    last_norm.weight.mul_(min(1.0, max(1.0, math.log(config.vocab_size) - 2.0) / own_logit))
