@@ -47,5 +47,5 @@ def print_plan(config: PipelineConfig, preflight: Preflight) -> int:
         return 0
     out.print("[bold]stands in the way:[/]")
     for problem in preflight.problems:
-        out.print(f"  {problem}", markup=False)
+        out.print(f"  {problem}", markup=False, soft_wrap=True)
     return preflight.problems[0].exit_code

@@ -21,11 +21,14 @@ from modern_llm.data.tokenizer import MIN_IDS, build_tokenizer
 from modern_llm.errors import CheckpointError, ConfigError, ModernLLMError, ProtectedPathError
 from modern_llm.models import ModernDecoderLM
 from modern_llm.models.cost import Cost
+from modern_llm.models.ffn import ACTIVATIONS, FFNS
+from modern_llm.models.norms import NORMS
+from modern_llm.models.positions import POSITIONS
 from modern_llm.runtime.artifacts import sha256_file
 from modern_llm.runtime.devices import check_precision, resolve_device, single_process
 from modern_llm.training.checkpoint import MANIFEST, read_checkpoint
 from modern_llm.training.optim import OPTIMIZERS
-from modern_llm.training.schedule import SCHEDULES
+from modern_llm.training.schedule import Schedule
 from modern_llm.training.throughput import peak_flops
 
 ASSUMED_MFU = 0.4  # share of the device's peak that a plan counts on
@@ -146,12 +149,16 @@ class Preflight:
             return None
 
     def _checks(self) -> Iterator[Callable[[], object]]:
+        model = self.config.model
+        for registry, part in ((NORMS, model.norm), (POSITIONS, model.position), (FFNS, model.ffn)):
+            yield partial(registry.check, part.name, part.options)
+        yield partial(ACTIVATIONS.resolve, model.activation)
         yield lambda: self.cost
         yield single_process
         for stage in self.trained:
             training = self.config.stage(stage).training
             yield partial(OPTIMIZERS.check, training.optimizer.name, training.optimizer.options)
-            yield partial(SCHEDULES.check, training.schedule.name, training.schedule.options)
+            yield partial(Schedule, training)
             yield partial(_check_device, training.device, training.precision)
         yield self._check_lengths
         yield self._check_tokenizer
@@ -261,17 +268,26 @@ class Preflight:
                 )
 
     def _check_output(self) -> None:
-        """The output folder can be written and has room for the checkpoints."""
-        for path in (self.config.paths.output, self.config.paths.report):
-            nearest = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
-            if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-                raise ProtectedPathError(f"{nearest} cannot be written; give another --output-dir")
-        free_gb = shutil.disk_usage(nearest).free / 1e9
+        """All that is written can be written, and there is room for the checkpoints."""
+        paths, cache = self.config.paths, self.config.data.cache_dir
+        refused = []
+        for path in dict.fromkeys((paths.output, paths.report, paths.ledger.parent, cache)):
+            folder = _nearest(path)
+            if not folder.is_dir() or not os.access(folder, os.W_OK):
+                refused.append(f"{folder} cannot be written, {path} is to be there")
+        if refused:
+            raise ProtectedPathError("; ".join(refused) + "; give another --output-dir")
+        free_gb = shutil.disk_usage(_nearest(paths.output)).free / 1e9
         if self.trained and free_gb < self.disk_gb():
             raise ProtectedPathError(
-                f"{nearest}: {free_gb:.1f} GB free, the checkpoints take up to "
-                f"{self.disk_gb():.1f} GB; free space or give another --output-dir"
+                f"{paths.output}: {free_gb:.3g} GB free, the checkpoints take up to "
+                f"{self.disk_gb():.3g} GB; free space or give another --output-dir"
             )
+
+
+def _nearest(path: Path) -> Path:
+    """The folder itself, or the nearest one above that exists."""
+    return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
 
 
 def _check_source(
