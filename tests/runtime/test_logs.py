@@ -14,6 +14,8 @@ def test_messages_go_to_standard_error(capsys: pytest.CaptureFixture[str]) -> No
     assert told.out == ""
     assert "loss 1.50 [not markup]" in told.err
     assert "not shown" not in told.err
+    log.warning("%s is damaged", "/long" * 60)
+    assert f"WARNING {'/long' * 60} is damaged\n" in capsys.readouterr().err  # one line
     assert get_logger("modern_llm.some.part") is log
     assert log.name == "modern_llm.some.part"
     assert len(logging.getLogger("modern_llm").handlers) == 1
