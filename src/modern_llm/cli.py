@@ -112,7 +112,7 @@ def _conclude(run: Path, config: PipelineConfig, *, changed: bool, on_exists: Po
     path = report_path(run, config.paths.report)
     if changed or not path.exists():
         path = write_report(run, config.paths.report, on_exists=on_exists) or path
-        record_scores(run, config.paths.ledger)
+    record_scores(run, config.paths.ledger)  # each once, also after a stop before this line
     print_summary(run)
     print(f"run:    {run}\nreport: {path}")
 

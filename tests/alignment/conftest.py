@@ -1,5 +1,6 @@
 """Small models of every kind, token stores written by hand, and parts of the tiny run."""
 
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 
+from modern_llm import cli
 from modern_llm.alignment.stages.base import load_policy
 from modern_llm.config import DataConfig, ModelConfig, PipelineConfig, load_config
 from modern_llm.data.sources.base import RowCounts, Source
 from modern_llm.data.store import TokenStore, build_store
 from modern_llm.data.tokenizer import Tokenizer
 from modern_llm.models import ModernDecoderLM
-from modern_llm.runtime.artifacts import sha256_json
+from modern_llm.runtime.artifacts import sha256_file, sha256_json
 from modern_llm.training.checkpoint import read_checkpoint
 
 VOCAB = 24
@@ -134,3 +136,61 @@ def make_source() -> Callable[..., Source]:
         return RowsSource(rows, kind, held_out)
 
     return make
+
+
+class Place:
+    """A folder with a config of its own and, when wanted, a copy of the finished tiny run."""
+
+    def __init__(self, folder: Path, config: Path) -> None:
+        self.folder, self.config = folder, config
+        self.run = folder / "runs" / "tiny"
+
+    def main(self, *arguments: object, command: str = "run", report: bool = False) -> int:
+        """The command line in this process, without the report where that is not looked at."""
+        with pytest.MonkeyPatch.context() as patch:
+            if not report:
+                patch.setattr(cli, "_conclude", lambda *args, **kwargs: None)
+            return cli.main([command, "--config", str(self.config), *map(str, arguments)])
+
+    def runs(self) -> list[str]:
+        """Names in the output folder."""
+        return sorted(path.name for path in (self.folder / "runs").iterdir())
+
+
+@pytest.fixture
+def place(make_tiny: Callable[..., Path], tmp_path: Path) -> Callable[..., Place]:
+    def make(run: Path | None = None, changes: dict[str, Any] | None = None) -> Place:
+        folder = tmp_path / "place"
+        made = Place(folder, make_tiny(changes, folder=folder))
+        if run is not None:
+            for name in ("runs", "report", "cache"):
+                shutil.copytree(run.parents[1] / name, folder / name)
+            shutil.copy2(run.parents[1] / "ledger.jsonl", folder)
+        return made
+
+    return make
+
+
+def everything(folder: Path) -> dict[str, tuple[str, int]]:
+    """Hash and time of change of every file below a folder, locks left out."""
+    return {
+        str(path.relative_to(folder)): (sha256_file(path), path.stat().st_mtime_ns)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != ".lock"
+    }
+
+
+@pytest.fixture
+def snapshot() -> Callable[[Path], dict[str, tuple[str, int]]]:
+    return everything
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    """Whether two checkpoints hold the same numbers to the bit."""
+    a, b = read_checkpoint(one).weights, read_checkpoint(other).weights
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture
+def equal_weights() -> Callable[[Path, Path], bool]:
+    return same_weights

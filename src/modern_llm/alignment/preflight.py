@@ -26,7 +26,7 @@ from modern_llm.models.norms import NORMS
 from modern_llm.models.positions import POSITIONS
 from modern_llm.runtime.artifacts import sha256_file
 from modern_llm.runtime.devices import check_precision, resolve_device, single_process
-from modern_llm.training.checkpoint import MANIFEST, read_checkpoint
+from modern_llm.training.checkpoint import MANIFEST, META, read_checkpoint, verify_checkpoint
 from modern_llm.training.optim import OPTIMIZERS
 from modern_llm.training.schedule import Schedule
 from modern_llm.training.throughput import peak_flops
@@ -255,17 +255,24 @@ class Preflight:
             if stage == "eval" or not record.is_file():
                 continue
             parent = json.loads(record.read_text())["parent"]
-            final = self._run / before / "final"
-            if (final / MANIFEST).is_file():
-                same = parent["sha256"] == sha256_file(final / MANIFEST)
-            else:  # trained again, it will be the same to the bit; the folder may have moved
-                same = Path(parent["path"]).parts[-3:] == final.parts[-3:]
-            if not same:
+            if not self._is_own(before, parent):
                 raise ProtectedPathError(
                     f"{record.parent} holds this stage from another parent checkpoint "
                     f"({parent['path']}); give another --run-name, or --force to start the stages "
                     "again (backups are kept)"
                 )
+
+    def _is_own(self, stage: str, record: dict[str, str]) -> bool:
+        """Whether a recorded parent is this run's checkpoint of ``stage``, or will be."""
+        final, recorded = self._run / stage / "final", Path(record["path"])
+        if final.exists():
+            verify_checkpoint(final)
+            return record["sha256"] == sha256_file(final / MANIFEST)
+        try:  # the same config gives the same bits, wherever they were computed
+            made = json.loads((recorded / META).read_text())
+            return (made["stage"], made["config_sha256"]) == (stage, self.config.sha256())
+        except (OSError, ValueError, KeyError):
+            return recorded.parts[-3:] == final.parts[-3:]
 
     def _check_output(self) -> None:
         """All that is written can be written, and there is room for the checkpoints."""

@@ -18,7 +18,7 @@ def mean_loss(
     *,
     device: torch.device,
     precision: str = "fp32",
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Loss and metrics of ``objective`` over all units of ``batches``, each unit weighted equally.
 
     Args:
@@ -50,4 +50,5 @@ def mean_loss(
         model.train(training)
     if units == 0:
         raise DataError(f"the validation split has no {objective.unit} to score")
-    return {**{name: float(value) / units for name, value in sums.items()}, "units": units}
+    # A metric may be a vector, such as the load of each expert.
+    return {**{name: (value / units).tolist() for name, value in sums.items()}, "units": units}

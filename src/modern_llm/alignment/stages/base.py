@@ -210,7 +210,7 @@ class TrainedStage(Stage):
             chosen = self.section.validation
         return [open_source(source, self.config.data) for source in chosen]
 
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
+    def evaluate(self, model: nn.Module) -> dict[str, Any]:
         """Mean loss and metrics of the objective over the whole validation split."""
         return mean_loss(
             model, self.validation_objective(), self.validation(),
@@ -218,7 +218,11 @@ class TrainedStage(Stage):
         )  # fmt: skip
 
     def checkpoint_meta(self) -> dict[str, Any]:
-        """What travels in each checkpoint's ``config.json``, beside its step."""
+        """What travels in each checkpoint's ``config.json``, beside its step.
+
+        Names no folder, so that the same run has the same bytes wherever it is computed.
+        """
+        parent = self.parent_record()
         return {
             "stage": self.name,
             "run": self.config.name,
@@ -226,7 +230,7 @@ class TrainedStage(Stage):
             "config_sha256": self.config.sha256(),
             "tokenizer_sha256": self.tokenizer.sha256,
             "template_sha256": TEMPLATE_HASH,
-            "parent": self.parent_record(),
+            "parent": parent and {key: parent[key] for key in ("stage", "sha256")},
         }
 
     def execute(self) -> None:
