@@ -388,6 +388,9 @@ def test_activation_checkpointing_is_applied_or_refused(
 def test_devices_and_precisions_that_are_not_there(make_trainer: Trainers, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="fp16 needs a GPU"):
         make_trainer(tmp_path, precision="fp16")
+    automatic = make_trainer(tmp_path, precision="auto")
+    assert automatic.config.precision == automatic.update.config.precision
+    assert automatic.config.precision in ("fp32", "bf16")
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="not available here"):
             make_trainer(tmp_path, device="cuda")

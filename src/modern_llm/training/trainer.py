@@ -19,7 +19,12 @@ from modern_llm.errors import (
     StoppedBySignal,
 )
 from modern_llm.runtime.artifacts import JsonLines, back_up, sha256_json
-from modern_llm.runtime.devices import check_precision, memory_gb, resolve_device
+from modern_llm.runtime.devices import (
+    check_precision,
+    memory_gb,
+    resolve_device,
+    resolve_precision,
+)
 from modern_llm.runtime.logs import get_logger
 from modern_llm.runtime.seeding import derive_seed, rng_state, seed_everything, set_rng_state
 from modern_llm.runtime.signals import StopSignal
@@ -108,7 +113,9 @@ class Trainer:
         allow_data_change: bool = False,
     ) -> None:
         self.device = resolve_device(config.device)
-        check_precision(config.precision, self.device)
+        precision = resolve_precision(config.precision, self.device)
+        check_precision(precision, self.device)
+        config = config.model_copy(update={"precision": precision})
         self.model = model.to(self.device)
         self.objective, self.loader, self.config = objective, loader, config
         self.folder, self.checkpoints = folder, folder / "checkpoints"
