@@ -5,12 +5,13 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 
 from modern_llm.config import TrainingConfig
+from modern_llm.data.loader import Loader
 from modern_llm.errors import (
     CheckpointError,
     ConfigError,
@@ -51,17 +52,6 @@ from modern_llm.training.update import Update
 log = get_logger(__name__)
 
 
-class Loader(Protocol):
-    """Batches as a pure function of the step; see `modern_llm.data.loader`."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of the data and of the order in which it comes."""
-
-    def batches(self, step: int) -> Iterable[Any]:
-        """All micro-batches of optimizer step ``step`` (from 0) of this rank, on the CPU."""
-
-
 def _set_activation_checkpointing(model: nn.Module, wanted: bool) -> None:
     """Apply the option to the model, or say that it cannot be."""
     switch = getattr(model, "set_activation_checkpointing", None)
@@ -99,7 +89,7 @@ class Trainer:
         self,
         model: nn.Module,
         objective: Objective,
-        loader: Loader,
+        loader: Loader[Any],
         config: TrainingConfig,
         *,
         folder: Path,
