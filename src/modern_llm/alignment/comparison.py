@@ -12,7 +12,6 @@ from modern_llm.alignment.precision import concrete
 from modern_llm.alignment.stages.base import load_policy
 from modern_llm.alignment.suite import Suite
 from modern_llm.config import PipelineConfig
-from modern_llm.data.tokenizer import Tokenizer
 from modern_llm.errors import ConfigError
 from modern_llm.evaluation.baselines import load_baseline
 from modern_llm.evaluation.compare import Contestant, compare
@@ -22,6 +21,7 @@ from modern_llm.runtime.artifacts import Policy, write_json
 from modern_llm.runtime.devices import set_threads
 from modern_llm.runtime.environment import environment
 from modern_llm.training.checkpoint import read_checkpoint
+from modern_llm.training.handover import read_tokenizer
 
 
 def compare_checkpoints(
@@ -54,7 +54,7 @@ def compare_checkpoints(
     for name, path in zip(names, checkpoints, strict=True):
         checkpoint = read_checkpoint(path)
         model = load_policy(checkpoint, suite.compute.device)
-        tokenizer = Tokenizer.load(checkpoint.tokenizer_path)
+        tokenizer = read_tokenizer(checkpoint)
         rows[name], absent = split_results(suite.evaluate(model, tokenizer).results)
         missing += absent
         contestants.append(Contestant(name, model, tokenizer, model.config.max_seq_len))

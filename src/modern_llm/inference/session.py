@@ -9,20 +9,17 @@ from typing import Any
 
 import torch
 
-from modern_llm.config import ModelConfig
-from modern_llm.data.templates import TEMPLATE_HASH, Prompt, Turn, prompts_ids, truncate_prompt
+from modern_llm.data.templates import Prompt, Turn, prompts_ids, truncate_prompt
 from modern_llm.data.tokenizer import Tokenizer
-from modern_llm.errors import CheckpointError, ConfigError
+from modern_llm.errors import ConfigError
 from modern_llm.models import ModernDecoderLM, generate
 from modern_llm.runtime.devices import autocast, check_precision, resolve_device
-from modern_llm.runtime.logs import get_logger
 from modern_llm.runtime.seeding import derive_seed
 from modern_llm.training.checkpoint import load_model_weights, read_checkpoint
+from modern_llm.training.handover import model_config, read_tokenizer
 
 DEFAULT_NEW_TOKENS = 128
 SHORTEST_PROMPT = 4  # tokens: three markers and a token
-
-log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -180,16 +177,9 @@ def load_model(checkpoint: Path, *, device: str = "auto", precision: str = "fp32
     found = read_checkpoint(checkpoint)
     if any(name.startswith("trunk.") for name in found.weights):
         raise ConfigError(f"{checkpoint} is a verifier, which scores answers; name a policy")
-    try:
-        config = ModelConfig.model_validate(found.meta["model"])
-    except (KeyError, ValueError) as error:
-        raise CheckpointError(f"{checkpoint}: config.json has no valid model: {error}") from None
-    model = ModernDecoderLM(config)
+    model = ModernDecoderLM(model_config(found))
     load_model_weights(model, found)
-    tokenizer = Tokenizer.load(found.tokenizer_path)
-    template = found.meta.get("template_sha256")
-    if template is not None and template != TEMPLATE_HASH:
-        log.warning("%s was trained with another chat template; answers may suffer", checkpoint)
+    tokenizer = read_tokenizer(found)
     return Session(model.to(place).eval(), tokenizer, found.meta, checkpoint, precision)
 
 

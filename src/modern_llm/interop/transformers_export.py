@@ -25,6 +25,7 @@ from modern_llm.runtime.artifacts import (
     write_text,
 )
 from modern_llm.training.checkpoint import Checkpoint, load_model_weights, read_checkpoint
+from modern_llm.training.handover import model_config, read_tokenizer
 
 TOLERANCE = 1e-5  # of the reloaded logits, relative to the largest
 CHAT_TEMPLATE = (  # the same segments as modern_llm.data.templates.prompts_ids
@@ -85,12 +86,9 @@ def export_transformers(
             f"{checkpoint} is a verifier: transformers has no place for its score head; "
             "export the policy (sft or dpo)"
         )
-    try:
-        config = ModelConfig.model_validate(found.meta["model"])
-    except (KeyError, ValueError) as error:
-        raise CheckpointError(f"{checkpoint}: config.json has no valid model: {error}") from None
+    config = model_config(found)
     shape = shape_of(config)
-    tokenizer = Tokenizer.load(found.tokenizer_path)
+    tokenizer = read_tokenizer(found)
     if on_exists == "replace" and target.exists():
         back_up(target)
     free = next(name for name in sibling_names(target) if not name.exists())

@@ -31,6 +31,7 @@ from modern_llm.runtime.devices import check_precision, resolve_device, set_thre
 from modern_llm.runtime.environment import environment, utc_now
 from modern_llm.runtime.logs import get_logger
 from modern_llm.training.checkpoint import Checkpoint, load_model_weights, read_checkpoint
+from modern_llm.training.handover import model_config, read_tokenizer
 from modern_llm.training.objectives import Objective
 from modern_llm.training.records import FirstLoss, FitResult
 from modern_llm.training.trainer import Trainer
@@ -38,11 +39,6 @@ from modern_llm.training.validation import mean_loss
 
 STAGES: Registry = Registry("stage")
 log = get_logger(__name__)
-
-
-def model_config(checkpoint: Checkpoint) -> ModelConfig:
-    """Sizes and components of the decoder in a checkpoint."""
-    return ModelConfig.model_validate(checkpoint.meta["model"])
 
 
 def load_policy(
@@ -64,7 +60,7 @@ def load_policy(
 
 
 def check_architecture(checkpoint: Checkpoint, config: ModelConfig) -> None:
-    """Refuse a checkpoint that does not fit ``config``; needs no memory for the model.
+    """Refuse a checkpoint that does not fit ``config``, or its own tokenizer; needs little memory.
 
     Raises:
         CheckpointError: lists what differs.
@@ -72,6 +68,7 @@ def check_architecture(checkpoint: Checkpoint, config: ModelConfig) -> None:
     with torch.device("meta"):
         model = ModernDecoderLM(config)
     load_model_weights(model, checkpoint)
+    read_tokenizer(checkpoint)
 
 
 class Stage(ABC):
@@ -164,7 +161,7 @@ class TrainedStage(Stage):
     def tokenizer(self) -> Tokenizer:
         """The parent's tokenizer: it travels with the checkpoint."""
         assert self.parent is not None
-        return Tokenizer.load(self.parent.tokenizer_path)
+        return read_tokenizer(self.parent)
 
     @abstractmethod
     def loader(self) -> Loader[Any]:

@@ -12,7 +12,6 @@ from modern_llm.alignment.sampling import sample_texts
 from modern_llm.alignment.stages.base import STAGES, Stage, load_policy
 from modern_llm.alignment.stages.verifier import load_verifier, score_solutions
 from modern_llm.alignment.suite import PolicyScores, Suite
-from modern_llm.data.tokenizer import Tokenizer
 from modern_llm.errors import CheckpointError
 from modern_llm.evaluation.reasoning import grade_samples, reasoning_report
 from modern_llm.evaluation.scores import split_results
@@ -22,6 +21,7 @@ from modern_llm.runtime.devices import set_threads
 from modern_llm.runtime.logs import get_logger
 from modern_llm.runtime.seeding import derive_seed
 from modern_llm.training.checkpoint import Checkpoint, read_checkpoint
+from modern_llm.training.handover import read_tokenizer
 
 log = get_logger(__name__)
 POLICIES = ("pretrain", "sft", "dpo")
@@ -57,7 +57,7 @@ class EvalStage(Stage):
         policy: ModernDecoderLM | None = None
         for stage in policies:
             log.info("eval: %s", stage)
-            tokenizer = Tokenizer.load(found[stage].tokenizer_path)
+            tokenizer = read_tokenizer(found[stage])
             policy = load_policy(found[stage], suite.compute.device)
             tuned = stage == "dpo" and "sft" in found
             before = suite.evaluate(policy, tokenizer, reference=before if tuned else None)
@@ -99,7 +99,7 @@ class EvalStage(Stage):
         task = self.config.eval.reasoning
         if task is None or policy is None:
             return None, []
-        tokenizer = Tokenizer.load(found[stage].tokenizer_path)
+        tokenizer = read_tokenizer(found[stage])
         precision = self.config.eval.precision
         questions = [row["question"] for row in suite.problems]
         log.info("eval: %d samples for each of %d problems", task.n_samples, len(questions))

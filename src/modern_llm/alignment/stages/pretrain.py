@@ -17,6 +17,7 @@ from modern_llm.data.tokenizer import Tokenizer, build_tokenizer
 from modern_llm.models import ModernDecoderLM
 from modern_llm.runtime.seeding import derive_seed, seed_everything
 from modern_llm.training.checkpoint import TOKENIZER
+from modern_llm.training.handover import read_tokenizer
 from modern_llm.training.objectives import LMObjective, Objective
 from modern_llm.training.records import FirstLoss
 from modern_llm.training.retention import newest_good
@@ -37,7 +38,7 @@ class PretrainStage(TrainedStage):
         A run that goes on with changed data keeps the tokenizer that its weights know.
         """
         if self.parent is not None:
-            return Tokenizer.load(self.parent.tokenizer_path)
+            return read_tokenizer(self.parent)
         if self.allow_data_change and (last := newest_good(self.folder / "checkpoints")):
             return Tokenizer.load(last / TOKENIZER)
         return build_tokenizer(

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from modern_llm.alignment.sampling import sample_texts
-from modern_llm.alignment.stages.base import STAGES, TrainedStage, load_policy, model_config
+from modern_llm.alignment.stages.base import STAGES, TrainedStage, load_policy
 from modern_llm.config import VerifierConfig
 from modern_llm.data.collate import IGNORE, AnswerBatch, collate_answers
 from modern_llm.data.corruption import corrupt_solution
@@ -38,6 +38,7 @@ from modern_llm.runtime.devices import autocast
 from modern_llm.runtime.logs import get_logger
 from modern_llm.runtime.seeding import derive_seed
 from modern_llm.training.checkpoint import Checkpoint, load_model_weights
+from modern_llm.training.handover import model_config
 from modern_llm.training.objectives import Terms, token_loss_sum
 
 log = get_logger(__name__)
