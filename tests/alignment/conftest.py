@@ -194,3 +194,29 @@ def same_weights(one: Path, other: Path) -> bool:
 @pytest.fixture
 def equal_weights() -> Callable[[Path, Path], bool]:
     return same_weights
+
+
+@pytest.fixture(scope="session")
+def gpt2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A GPT-2 of random weights, 32 tokens of context and a byte tokenizer, as a local folder."""
+    import tokenizers
+    import transformers
+
+    path, end = tmp_path_factory.mktemp("gpt2"), "<|endoftext|>"
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[])
+    )
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens([end])
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token=end, eos_token=end
+    ).save_pretrained(path)
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=257, n_positions=32, n_embd=16, n_layer=1, n_head=2, bos_token_id=256,
+        eos_token_id=256,
+    )  # fmt: skip
+    transformers.GPT2LMHeadModel(config).save_pretrained(path)
+    return path

@@ -113,7 +113,7 @@ class Suite:
             pages = task.source.name.startswith("wikitext")
             results += all_protocols(
                 model, tokenizer,
-                ["".join(texts)] if pages else texts,  # as published: WikiText is one stretch
+                ["\n".join(texts)] if pages else texts,  # as published: WikiText is one stretch
                 key=key, context=window, compute=self.compute,
             )  # fmt: skip
             if pages:
