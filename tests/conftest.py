@@ -94,6 +94,12 @@ def tiny_config(folder: Path, changes: Mapping[str, Any] | None = None) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def write_tiny() -> Callable[..., Path]:
+    """`tiny_config` itself: ``write_tiny(folder, {"model.d_model": 64}) -> path``."""
+    return tiny_config
+
+
 @pytest.fixture
 def make_tiny(tmp_path: Path) -> Callable[..., Path]:
     """Write a tiny config of the test's own: ``make_tiny({"model.d_model": 64}) -> path``."""
