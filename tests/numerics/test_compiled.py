@@ -3,6 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from modern_llm.config import ModelConfig
 from modern_llm.models import ModernDecoderLM
@@ -27,9 +29,9 @@ def step(model: ModernDecoderLM, doc_ids: torch.Tensor | None) -> list[torch.Ten
     return [loss.detach(), *grads]
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("whole", "checkpointing"), [(False, False), (False, True), (True, False)])
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_traces_whole(variant: dict, checkpointing: bool) -> None:
+def test_traces_without_breaks(variant: dict, whole: bool, checkpointing: bool) -> None:
     """One graph, forward and backward, for every kind of part; not handed to a code generator."""
     torch._dynamo.reset()
     torch.manual_seed(0)
@@ -37,11 +39,23 @@ def test_traces_whole(variant: dict, checkpointing: bool) -> None:
     model.set_activation_checkpointing(checkpointing)
     docs = torch.tensor([[0] * 6 + [1] * 10] * 3)
     eager = [step(model, None), step(model, docs)]
-    model.compile(fullgraph=True, backend="aot_eager")
+    if whole:
+        nn.Module.compile(model, fullgraph=True, backend="aot_eager")
+    else:
+        model.compile(fullgraph=True, backend="aot_eager")
     for expected, ids in zip(eager, (None, docs), strict=True):
         for a, b in zip(step(model, ids), expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
     assert all("_orig_mod" not in name for name in model.state_dict())
+
+
+def test_equal_blocks_are_compiled_once() -> None:
+    torch._dynamo.reset()
+    model = ModernDecoderLM(ModelConfig(**{**SIZES, "n_layers": 10}))
+    counter = CompileCounterWithBackend("eager")
+    model.compile(fullgraph=True, backend=counter)
+    step(model, None)
+    assert counter.frame_count == 1
 
 
 @pytest.mark.slow

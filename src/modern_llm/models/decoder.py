@@ -1,5 +1,7 @@
 """The decoder: embeddings, blocks, a last norm, a head."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,7 +29,7 @@ class ModernDecoderLM(WeightsMixin):
     """A causal language model whose every part is chosen by ``config``.
 
     Tied embeddings are one parameter, ``embedding.weight``: there is no ``head.weight`` then, in
-    the model as in its `weights`. To compile, call ``model.compile()``: names stay as they are.
+    the model as in its `weights`. To compile, call `compile`: names stay as they are.
 
     Args:
         config: sizes and components; kept as ``.config``.
@@ -57,6 +59,15 @@ class ModernDecoderLM(WeightsMixin):
         if config.tie_embeddings:
             last_norm = self.final_norm if pre_norm else self.blocks[-1].ffn_norm
             calm_tied_logits(last_norm, config)  # type: ignore[arg-type]
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile each block, in place, with the options of ``torch.compile``.
+
+        Equal blocks share one graph, so that any number of layers compiles in the time of one, and
+        what is around them (``at_M``, the head, a value head) makes nothing compile again.
+        """
+        for block in self.blocks:
+            block.compile(*args, **kwargs)
 
     def forward(
         self,

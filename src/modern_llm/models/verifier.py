@@ -28,6 +28,10 @@ class VerifierModel(WeightsMixin):
         nn.init.normal_(self.value_head.weight, std=config.init_std)
         nn.init.zeros_(self.value_head.bias)
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the trunk; see `ModernDecoderLM.compile`."""
+        self.trunk.compile(*args, **kwargs)
+
     def forward(
         self, tokens_BT: Tensor, *, at_M: Tensor | None = None, **inputs: Any
     ) -> tuple[Tensor, Tensor]:
