@@ -22,6 +22,7 @@ from modern_llm.errors import (
 from modern_llm.runtime.artifacts import JsonLines, back_up, sha256_json
 from modern_llm.runtime.devices import (
     check_precision,
+    keep_freed_memory,
     memory_gb,
     resolve_device,
     resolve_precision,
@@ -103,6 +104,7 @@ class Trainer:
         allow_data_change: bool = False,
     ) -> None:
         self.device = resolve_device(config.device)
+        keep_freed_memory()
         precision = resolve_precision(config.precision, self.device)
         check_precision(precision, self.device)
         config = config.model_copy(update={"precision": precision})
