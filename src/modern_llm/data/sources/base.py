@@ -81,10 +81,11 @@ class Source(ABC):
         """
 
     def check(self, split: str) -> None:
-        """Refuse at once a split that cannot be had; reads no rows and downloads nothing.
+        """Refuse at once a split that cannot be had; reads its first row and downloads nothing.
 
         Raises:
-            DataError: files are missing, or the set has no such split.
+            DataError: files are missing or cannot be read, no row is good, or the set has no such
+                split.
         """
         check_split(split)
 
@@ -102,6 +103,24 @@ def check_split(split: str) -> str:
     if split not in SPLITS:
         raise DataError(f"split '{split}': use one of {', '.join(SPLITS)}")
     return split
+
+
+def check_first_row(source: Source, split: str, *, where: str, max_bad_rows: int) -> None:
+    """Refuse a split without a good row.
+
+    Args:
+        source: read up to its first row of the split.
+        split: "train", "validation" or "test".
+        where: the file or set, for the error.
+        max_bad_rows: malformed rows that may come before.
+
+    Raises:
+        DataError: there is no row, or too many before it are malformed.
+    """
+    counts = RowCounts(max_bad_rows=max_bad_rows)
+    if next(source.rows(split, counts), None) is None:
+        reasons = "".join(f", {n} {why}" for why, n in sorted(counts.dropped.items()))
+        raise DataError(f"{where}: no row for the {split} split{reasons}")
 
 
 def hashed_split(key: str, shares: Mapping[str, float]) -> str:

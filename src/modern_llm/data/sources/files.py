@@ -15,6 +15,7 @@ from modern_llm.data.sources.base import (
     Malformed,
     RowCounts,
     Source,
+    check_first_row,
     check_split,
     checked_row,
     hashed_split,
@@ -186,7 +187,8 @@ class _PathSource(Source):
 
     def check(self, split: str) -> None:
         """See `Source`."""
-        self._path(check_split(split))
+        path = self._path(check_split(split))
+        check_first_row(self, split, where=str(path), max_bad_rows=self.data.max_bad_rows)
 
     def _path(self, split: str) -> Path:
         path = self.paths.get(split, self.paths["train"])

@@ -13,6 +13,7 @@ from modern_llm.data.sources.base import (
     Malformed,
     RowCounts,
     Source,
+    check_first_row,
     check_split,
     hashed_split,
 )
@@ -82,9 +83,11 @@ class NamedSource(Source):
     def check(self, split: str) -> None:
         """See `Source`; where the hub can be reached, it is taken to have the set."""
         stored, _ = self.stored(check_split(split))
-        if not self.local(stored):
-            for hub in self._hub_with(stored):
-                hub.check(stored, self._wanted(stored))
+        if self.local(stored):
+            check_first_row(self, split, where=self.name, max_bad_rows=self.data.max_bad_rows)
+            return
+        for hub in self._hub_with(stored):
+            hub.check(stored, self._wanted(stored))
 
     def local(self, stored: str) -> list[Path]:
         """Local files of a stored split; empty when one of them is missing."""
