@@ -214,10 +214,11 @@ class Suite:
                     {"task": kind, "prompt": prompt_text(prompt), "text": text}
                     for prompt, text in zip(prompts, texts, strict=True)
                 ]
-        for text in self.tasks.completions:
-            ids = [[tokenizer.bos_id, *tokenizer.encode(text)]]
+        room = model.config.max_seq_len - self.tasks.sample_tokens - 1
+        for text in self.tasks.completions:  # a long one is cut from its start
+            ids = [tokenizer.bos_id, *tokenizer.encode(text)[-room:]]
             done = sample_ids(
-                model, tokenizer, ids, temperature=0.8, seeds=[0],
+                model, tokenizer, [ids], temperature=0.8, seeds=[0],
                 max_new_tokens=self.tasks.sample_tokens, precision=self.tasks.precision,
             )  # fmt: skip
             shown.append({"task": "completion", "prompt": text, "text": tokenizer.decode(done[0])})
