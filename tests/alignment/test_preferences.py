@@ -270,7 +270,7 @@ def test_first_loss_of_the_stage_is_ln_2_on_every_batch(
                 loss = float(objective(model, batch).loss_sum) / objective.units(batch)
                 assert loss == pytest.approx(LN2, abs=1e-5)
                 seen += objective.units(batch)
-    assert seen >= len(stage.store) > 20
+    assert seen >= len(stage.store) > 4
 
 
 def test_policy_and_reference_are_the_same_model_with_dropout(
