@@ -230,6 +230,19 @@ def test_output_dir_moves_everything_that_is_written(
     assert shlex.split(facts["command"]) == ["modern-llm", *command]  # can be typed again
 
 
+def test_no_secret_of_the_environment_is_written(
+    tiny_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    canary = "canary-51c0de"
+    for name in ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "USER", "LOGNAME"):
+        monkeypatch.setenv(name, f"{canary}-{name}")
+    flags = ["--output-dir", str(tmp_path / "out"), "--stage", "pretrain", "--max-steps", "1"]
+    assert main(["run", *tiny_run.arguments, *flags, f"data.cache_dir={tmp_path / 'cache'}"]) == 0
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) > 15
+    assert not [path for path in files if canary.encode() in path.read_bytes()]
+
+
 def test_a_command_reads_its_arguments_from_the_shell(
     monkeypatch: pytest.MonkeyPatch, planned: Any, make_tiny: Make
 ) -> None:
