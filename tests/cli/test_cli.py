@@ -1,5 +1,6 @@
 """The command line in this process: flags, exit codes, what is told and what is written."""
 
+import io
 import json
 import shlex
 import shutil
@@ -274,6 +275,39 @@ def test_generate_answers_each_prompt(tiny_run: Any, capsys: Captured) -> None:
     assert first.count("\n") >= 2
     assert main(["generate", *flags, "one", "two"]) == 0
     assert capsys.readouterr().out == first
+
+
+def test_chat_answers_until_the_input_ends(
+    tiny_run: Any, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))
+    final = str(tiny_run.run / "sft" / "final")
+    assert main(["chat", "--checkpoint", final, "--max-new-tokens", "3", "--device", "cpu"]) == 0
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_export_is_protected(tiny_run: Any, tmp_path: Path, capsys: Captured) -> None:
+    target = tmp_path / "exported"
+    command = ["export", str(tiny_run.run / "dpo" / "final"), str(target)]
+    assert main(command) == 0
+    assert f"{target}: LlamaForCausalLM; logits differ by at most" in capsys.readouterr().out
+    before = {p: p.stat().st_mtime_ns for p in target.iterdir()}
+    assert main([*command, "--no-overwrite"]) == 0
+    assert capsys.readouterr().out == f"{target} exists; left as it is\n"
+    assert {p: p.stat().st_mtime_ns for p in target.iterdir()} == before
+    assert [p.name for p in tmp_path.iterdir()] == ["exported"]
+
+
+def test_data_is_prepared_ahead(make_tiny: Make, tmp_path: Path) -> None:
+    config = str(make_tiny())
+    assert main(["prepare-data", "--config", config]) == 0
+    stores = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("manifest.json")}
+    assert len(stores) >= 2
+    assert not (tmp_path / "runs").exists()
+    assert main(["run", "--config", config, "--stage", "pretrain", "--max-steps", "1"]) == 0
+    prepared = {p for p in tmp_path.glob("cache/stores/*/manifest.json")}
+    assert prepared == set(stores)  # training found them
+    assert {p: p.stat().st_mtime_ns for p in stores} == stores
 
 
 def test_verify_says_what_is_wrong(tiny_run: Any, tmp_path: Path, capsys: Captured) -> None:

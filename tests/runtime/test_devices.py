@@ -11,8 +11,10 @@ from modern_llm.runtime.devices import (
     Ranks,
     autocast,
     check_precision,
+    keep_freed_memory,
     memory_gb,
     resolve_device,
+    resolve_precision,
     set_threads,
     single_process,
 )
@@ -87,6 +89,47 @@ def test_precision_is_checked_not_assumed(gpus: Any) -> None:
     gpus(1, bf16=False)
     with pytest.raises(ConfigError, match="no bf16; use fp16 or fp32"):
         check_precision("bf16", torch.device("cuda"))
+
+
+def test_precision_auto_is_what_the_device_is_fast_in(
+    gpus: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda = torch.device("cuda")
+    gpus(1)
+    assert resolve_precision("auto", cuda) == "bf16"
+    gpus(1, bf16=False)
+    assert resolve_precision("auto", cuda) == "fp16"
+    assert resolve_precision("fp32", cuda) == "fp32"
+    assert resolve_precision("auto", torch.device("mps")) == "fp32"
+    monkeypatch.setattr(devices.platform, "machine", lambda: "x86_64")
+    for avx, amx in ((False, False), (True, False), (False, True)):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda found=avx: found)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda found=amx: found)
+        assert resolve_precision("auto", CPU) == ("bf16" if avx or amx else "fp32")
+    monkeypatch.setattr(devices.platform, "machine", lambda: "arm64")
+    assert resolve_precision("auto", CPU) == "fp32"
+
+
+def test_freed_memory_is_kept_only_where_the_library_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+
+    class Glibc:
+        @staticmethod
+        def mallopt(option: int, value: int) -> None:
+            asked.append((option, value))
+
+    monkeypatch.setattr(devices.ctypes, "CDLL", lambda name: Glibc)
+    keep_freed_memory()
+    assert dict(asked) == {-3: 1 << 30, -1: 1 << 30, -4: 0}
+    monkeypatch.setattr(devices.ctypes, "CDLL", lambda name: object())  # another C library
+    keep_freed_memory()
+
+    def none(name: str) -> Any:
+        raise OSError(name)
+
+    monkeypatch.setattr(devices.ctypes, "CDLL", none)
+    keep_freed_memory()
+    assert len(asked) == 3
 
 
 def test_autocast_computes_in_the_precision() -> None:

@@ -3,7 +3,8 @@ import signal
 
 import pytest
 
-from modern_llm.runtime.signals import STOP_SIGNALS, StopSignal
+from modern_llm.errors import StoppedBySignal
+from modern_llm.runtime.signals import STOP_SIGNALS, StopSignal, stop_at_once
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
@@ -39,3 +40,28 @@ def test_handlers_come_back_after_an_error() -> None:
     with pytest.raises(ZeroDivisionError), StopSignal():
         raise ZeroDivisionError
     assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_between_training_loops_a_signal_stops_at_once(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    told = f"{number.name}: .* goes on from there"
+    with pytest.raises(StoppedBySignal, match=told), stop_at_once():
+        try:
+            os.kill(os.getpid(), number)
+            raise AssertionError("not reached")
+        except Exception:  # what a library may catch
+            raise AssertionError("caught") from None
+    assert signal.getsignal(number) is before
+
+
+def test_a_request_that_no_step_answered_is_passed_on() -> None:
+    with pytest.raises(StoppedBySignal, match="SIGUSR1"), stop_at_once():
+        with StopSignal():
+            os.kill(os.getpid(), signal.SIGUSR1)
+        raise AssertionError("not reached")
+    with stop_at_once(), StopSignal():
+        pass
+    with pytest.raises(ZeroDivisionError), stop_at_once(), StopSignal():
+        os.kill(os.getpid(), signal.SIGUSR1)
+        raise ZeroDivisionError  # an error of its own comes first
