@@ -1,9 +1,10 @@
-"""Copy the headline of reports into the README, so that its numbers are those of the files.
+"""Copy headlines of reports and a table into the README, so that its numbers are of the files.
 
     python docs/results.py         tell whether the README says what its reports say
     python docs/results.py --fix   make it so
 
-The reports are named in the comment that begins the part: ``<!-- results: report/a_report.md -->``.
+The files are named in the comments that begin the parts: ``<!-- results: report/a_report.md -->``
+takes the headline of each report, ``<!-- table: benchmarks/README.md -->`` a page's first table.
 """
 
 import re
@@ -12,6 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PART = re.compile(r"(<!-- results:([^>]*) -->\n).*?(<!-- end of results -->)", re.DOTALL)
+TABLE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 NONE = "No report is committed yet; `bash speedrun.sh local-smoke` writes yours.\n"
 
 
@@ -35,13 +37,22 @@ def headline(name: str) -> str:
     return "\n".join([*told, table[0] if table else "No stage has two comparable numbers.\n"])
 
 
+def first_table(name: str) -> str:
+    """The first table of a page."""
+    found = re.search(r"^(\|.*\n)+", (ROOT / name).read_text(encoding="utf-8"), re.M)
+    return found[0] if found else ""
+
+
 def expected(readme: str) -> str:
-    """The README with the headlines of the reports that it names."""
+    """The README with the headlines and the table of the files that it names."""
 
     def part(m: re.Match[str]) -> str:
         return f"{m[1]}\n{chr(10).join(map(headline, m[2].split())) or NONE}\n{m[3]}"
 
-    return PART.sub(part, readme)
+    def table(m: re.Match[str]) -> str:
+        return f"{m[1]}\n{first_table(m[2])}\n{m[3]}"
+
+    return TABLE.sub(table, PART.sub(part, readme))
 
 
 def main(*, fix: bool) -> int:

@@ -178,5 +178,8 @@ def test_results_are_copied_from_a_report(tmp_path: Path, monkeypatch: pytest.Mo
     assert "```bash\nmodern-llm run\n```" in made
     assert results.expected(made) == made
     assert made.startswith("before\n") and made.endswith("after\n")
+    (tmp_path / "b.md").write_text("# B\n\n| speed |\n| --- |\n| 7 |\n\n| other |\n")
+    shown = results.expected("<!-- table: b.md -->\nold\n<!-- end of table -->")
+    assert shown == ("<!-- table: b.md -->\n\n| speed |\n| --- |\n| 7 |\n\n<!-- end of table -->")
     none = results.expected(page.replace(" a_report.md", ""))
     assert "No report is committed yet" in none
