@@ -134,6 +134,20 @@ def test_racing_processes_lose_nothing(tmp_path: Path, on_exists: str) -> None:
         assert all(a != b for a, b in zip(*names, strict=True))
 
 
+def test_a_slow_replacement_loses_nothing(tmp_path: Path) -> None:
+    """Both are between backup and rename at once, unless one waits for the other."""
+    path = tmp_path / "result.txt"
+    path.write_text("old")
+    code = (
+        "real = os.replace\n"
+        "os.replace = lambda *names: (time.sleep(0.3), real(*names))\n"
+        "a.write_text(Path(sys.argv[1]), sys.argv[2], on_exists='replace')"
+    )
+    results = go(*(start(code, path, text) for text in ("A", "B")))
+    assert [rc for rc, _, _ in results] == [0, 0], results
+    assert sorted(p.read_text() for p in tmp_path.iterdir()) == ["A", "B", "old"]
+
+
 @pytest.mark.parametrize("on_exists", ["timestamp", "skip", "replace"])
 @pytest.mark.parametrize("call", ["link", "replace", "fsync"])
 def test_sigkill_before_the_name_appears_leaves_the_old_bytes(
