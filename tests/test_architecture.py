@@ -4,6 +4,7 @@ Read from the syntax trees of ``src`` and ``scripts``; nothing of the package is
 """
 
 import ast
+import functools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -93,6 +94,7 @@ def relative(path: Path) -> str:
     return path.relative_to(SRC if path.is_relative_to(SRC) else ROOT).as_posix()
 
 
+@functools.cache
 def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
 
