@@ -1,5 +1,6 @@
 """Small models of every kind, token stores written by hand, and parts of the tiny run."""
 
+import importlib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -220,3 +221,12 @@ def gpt2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     transformers.GPT2LMHeadModel(config).save_pretrained(path)
     return path
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No data root and no hub, also for libraries that have read the environment already."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.delenv("MODERN_LLM_DATA", raising=False)
+    for name in ("huggingface_hub.constants", "datasets.config"):
+        monkeypatch.setattr(importlib.import_module(name), "HF_HUB_OFFLINE", True)

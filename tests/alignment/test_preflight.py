@@ -9,7 +9,7 @@ import pytest
 
 from modern_llm.alignment.pipeline import AlignmentPipeline
 from modern_llm.alignment.preflight import ASSUMED_MFU
-from modern_llm.config import load_config
+from modern_llm.config import list_presets, load_config
 from modern_llm.errors import ConfigError, DataError
 from modern_llm.training import throughput
 
@@ -98,12 +98,8 @@ def test_evaluation_sources_are_checked_too(place: Places) -> None:
         assert f"rows of kind '{wrong}', needed here: {needed}" in text
 
 
-def test_data_that_is_neither_local_nor_on_the_hub(
-    place: Places, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_data_that_is_neither_local_nor_on_the_hub(place: Places, offline: None) -> None:
     """Without this the fault would be found after the stages before it were trained."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.delenv("MODERN_LLM_DATA", raising=False)
     here = place(None, {"dpo.data": ["hh-rlhf"], "eval.perplexity": [{"source": "wikitext103"}]})
     found = problems(here)
     assert all(isinstance(problem, DataError) for problem in found)
@@ -113,9 +109,8 @@ def test_data_that_is_neither_local_nor_on_the_hub(
 
 
 def test_local_data_is_found(
-    place: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offline: None
 ) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     folder = tmp_path / "data" / "wikitext2"
     folder.mkdir(parents=True)
     (folder / "wiki.test.raw").write_text(" = Title = \n\n Some text . \n")
@@ -227,9 +222,7 @@ def test_a_plan_for_a_device_that_is_not_here(place: Places) -> None:
     assert "cuda:7" in str(preflight.problems[0])
 
 
-def test_every_preset_has_a_plan(tmp_path: Path) -> None:
-    from modern_llm.config import list_presets
-
+def test_every_preset_has_a_plan(tmp_path: Path, offline: None) -> None:
     for name in list_presets():
         config = load_config(name, [f"paths.output={json.dumps(str(tmp_path))}"])
         preflight = AlignmentPipeline(config).preflight()

