@@ -6,7 +6,7 @@ import pytest
 
 from modern_llm.config import DataConfig, SourceConfig
 from modern_llm.data.corruption import corrupt_solution, solution_numbers
-from modern_llm.data.problems import LEVELS, draw_problem
+from modern_llm.data.problems import LEVELS, draw_chain, draw_search
 from modern_llm.data.sources import open_source
 from modern_llm.errors import DataError
 
@@ -19,7 +19,7 @@ def final(text: str) -> float:
 def test_synthetic_solutions_go_wrong_in_one_step(difficulty: int) -> None:
     rng = random.Random(3)
     for _ in range(300):
-        right = draw_problem(rng, LEVELS[difficulty]).answer
+        right = draw_chain(rng, LEVELS[difficulty]).answer
         wrong = corrupt_solution(right, rng)
         assert final(wrong) != final(right)
         assert re.sub(r"\d+", "N", wrong) == re.sub(r"\d+", "N", right)  # the same shape
@@ -27,6 +27,15 @@ def test_synthetic_solutions_go_wrong_in_one_step(difficulty: int) -> None:
         bad = [e for e in equations if eval("".join(e[:3])) != int(e[3])]
         assert len(bad) == 1  # later steps follow from the wrong one
         assert int(equations[-1][3]) == final(wrong)
+
+
+def test_searches_go_wrong_in_the_number_found() -> None:
+    rng = random.Random(3)
+    for _ in range(200):
+        right = draw_search(rng, LEVELS[3]).answer
+        wrong = corrupt_solution(right, rng)
+        assert final(wrong) != final(right)
+        assert re.sub(r"\d+", "N", wrong) == re.sub(r"\d+", "N", right)
 
 
 def test_gsm8k_format_carries_the_error_on() -> None:

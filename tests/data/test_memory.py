@@ -74,7 +74,7 @@ def test_60_mb_of_text(tmp_path: Path) -> None:
     assert found["loading_mb"] < 100
 
 
-@pytest.mark.slow
+@pytest.mark.huge
 def test_1_gb_of_text(tmp_path: Path) -> None:
     found = measure(tmp_path, 1_000_000_000, 0)
     assert found["prepared_mb"] < 200

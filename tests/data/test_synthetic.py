@@ -4,11 +4,12 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable
+from itertools import combinations
 
 import pytest
 
 from modern_llm.data.draws import below, between, pick, shuffle
-from modern_llm.data.problems import LEVELS, draw_problem, split_of
+from modern_llm.data.problems import LEVELS, draw_problem, draw_search, split_of
 from modern_llm.data.sources import KINDS, SPLITS, RowCounts, Source
 from modern_llm.errors import ConfigError, DataError
 
@@ -25,9 +26,9 @@ def digest(source: Source, split: str, rows: int) -> str:
 # Raise FORMAT in sources/generated.py when one of these changes on purpose.
 DIGESTS = {
     "text": "c5675b1a30d9d47e",
-    "instruct": "3080ac0e625cf3ee",
-    "pairs": "a808d0d2e0c1ee8c",
-    "problems": "ee44b2a6f7d45009",
+    "instruct": "b1ebe7a573ea5e47",
+    "pairs": "a35c8bf49186ccda",
+    "problems": "5b062190ba87b048",
 }
 
 
@@ -51,8 +52,15 @@ def test_draws_use_bits_only() -> None:
     assert pick(rng, "a") == "a"
 
 
+QUESTIONS = (" have now?", "What does the dearer one cost?")
+
+
 def solve(question: str) -> int:
     """An independent reading of a question."""
+    if "dearer" in question:
+        *prices, total = map(int, re.findall(r"\d+", question))
+        (pair,) = (p for p in combinations(prices, 2) if sum(p) == total)  # there is only one
+        return max(pair)
     value = 0
     for sentence in question.split(". "):
         numbers = re.findall(r"\d+", sentence)
@@ -78,6 +86,10 @@ def test_problems_are_right(difficulty: int) -> None:
         steps, _, final = problem.answer.partition("\n#### ")
         assert solve(problem.question) == int(final)
         equations = steps.removesuffix(".").split(". ")
+        if "dearer" in problem.question:
+            assert re.fullmatch(rf"{final} \+ \d+ = \d+\.", steps)
+            assert eval(steps.partition(" =")[0]) == int(steps[:-1].split()[-1])
+            continue
         assert level.steps[0] <= len(equations) <= level.steps[1]
         for equation in equations:
             left, right = equation.split(" = ")
@@ -87,6 +99,9 @@ def test_problems_are_right(difficulty: int) -> None:
 
 def numbers_and_signs(question: str) -> str:
     """Operations and numbers of a question, without its words."""
+    if "dearer" in question:
+        *prices, total = map(int, re.findall(r"\d+", question))
+        return f"{prices} {total}"
     words = {"times": "*"} | dict.fromkeys(["finds", "buys", "gets", "wins"], "+")
     words |= dict.fromkeys(["loses", "sells", "gives", "drops"], "-")
     parts = []
@@ -96,6 +111,16 @@ def numbers_and_signs(question: str) -> str:
     return "".join(parts)
 
 
+@pytest.mark.parametrize("difficulty", [2, 5])
+def test_share_of_searches(difficulty: int) -> None:
+    rng = random.Random(0)
+    asked = [draw_problem(rng, LEVELS[difficulty]).question for _ in range(2000)]
+    share = sum("dearer" in question for question in asked) / len(asked)
+    assert abs(share - LEVELS[difficulty].searches / 100) < 0.04
+    prices = map(int, re.findall(r"cost (\d+)", draw_search(rng, LEVELS[difficulty]).question))
+    assert len(set(prices)) == 4
+
+
 @pytest.mark.parametrize("kind", ["problems", "instruct", "pairs"])
 def test_splits_share_no_problem(synthetic: Open, kind: str) -> None:
     source = synthetic(kind=kind, difficulty=2, rows=6000, held_out_rows=300)
@@ -103,7 +128,7 @@ def test_splits_share_no_problem(synthetic: Open, kind: str) -> None:
     rows = {split: [row[field] for row in source.rows(split)] for split in SPLITS}
     prompts = {split: set(texts) for split, texts in rows.items()}
     problems = {
-        split: {numbers_and_signs(t) for t in texts if t.endswith(" have now?")}
+        split: {numbers_and_signs(t) for t in texts if t.endswith(QUESTIONS)}
         for split, texts in rows.items()
     }
     for group in (prompts, problems):
@@ -112,7 +137,7 @@ def test_splits_share_no_problem(synthetic: Open, kind: str) -> None:
         assert not group["validation"] & group["test"]
     assert len(problems["test"]) > 200
     for split in ("validation", "test"):  # held-out problems do not repeat
-        asked = [t for t in rows[split] if t.endswith(" have now?")]
+        asked = [t for t in rows[split] if t.endswith(QUESTIONS)]
         assert len({numbers_and_signs(t) for t in asked}) == len(asked)
         assert all(split_of(numbers_and_signs(t)) == split for t in asked)
 

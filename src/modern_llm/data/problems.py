@@ -1,5 +1,8 @@
 """Arithmetic word problems with short worked steps, split by problem.
 
+Chains of operations are worked out step by step. Searches (which two things cost so much
+together?) are easier to check than to solve, which gives a verifier something to add.
+
 Two problems are the same when their operations and numbers are the same, whoever owns the apples;
 the hash of that decides the split, so no wording of a held-out problem is ever trained on.
 """
@@ -7,8 +10,9 @@ the hash of that decides the split, so no wording of a held-out problem is ever 
 import hashlib
 import random
 from dataclasses import dataclass
+from itertools import combinations
 
-from modern_llm.data.draws import between, pick
+from modern_llm.data.draws import below, between, pick, shuffle
 from modern_llm.errors import ConfigError
 
 NAMES = ("Tom", "Anna", "Ben", "Mia", "Sam", "Lily", "Max", "Ella", "Leo", "Ruth", "Jack", "Nora")
@@ -27,21 +31,26 @@ class Level:
         largest: largest number that is added or taken away, or begun with.
         limit: largest result.
         factor: largest multiplier; 0 for no multiplication.
+        searches: percent of the problems that are searches; the others are chains.
+        dearest: highest price in a search.
     """
 
     steps: tuple[int, int]
     largest: int
     limit: int
     factor: int
+    searches: int
+    dearest: int
 
 
 LEVELS = {
-    1: Level((1, 1), 20, 40, 0),
-    2: Level((1, 2), 20, 40, 0),
-    3: Level((2, 2), 50, 99, 5),
-    4: Level((2, 3), 99, 200, 9),
-    5: Level((3, 3), 400, 999, 12),
+    1: Level((1, 1), 20, 40, 0, searches=0, dearest=9),
+    2: Level((1, 2), 20, 40, 0, searches=40, dearest=9),
+    3: Level((2, 2), 50, 99, 5, searches=40, dearest=20),
+    4: Level((2, 3), 99, 200, 9, searches=40, dearest=50),
+    5: Level((3, 3), 400, 999, 12, searches=40, dearest=99),
 }
+OFFERS = 4  # things to choose from in a search
 
 
 @dataclass(frozen=True)
@@ -93,6 +102,35 @@ def draw_operation(rng: random.Random, level: Level, value: int) -> tuple[str, i
 
 def draw_problem(rng: random.Random, level: Level) -> Problem:
     """One problem of a level, of any split."""
+    draw = draw_search if below(rng, 100) < level.searches else draw_chain
+    return draw(rng, level)
+
+
+def draw_search(rng: random.Random, level: Level) -> Problem:
+    """Which two of four things cost a given sum; only one pair does."""
+    while True:
+        prices = list(range(1, level.dearest + 1))
+        shuffle(rng, prices)
+        prices = prices[:OFFERS]
+        sums = [a + b for a, b in combinations(prices, 2)]
+        unique = [pair for pair in combinations(prices, 2) if sums.count(sum(pair)) == 1]
+        if unique:
+            break
+    dearer, cheaper = sorted(pick(rng, unique), reverse=True)
+    things = list(THINGS)
+    shuffle(rng, things)
+    offers = [f"{thing} cost {price}" for thing, price in zip(things, prices, strict=False)]
+    total = dearer + cheaper
+    question = (
+        f"{', '.join(offers).capitalize()}. {pick(rng, NAMES)} pays {total} for two of them. "
+        "What does the dearer one cost?"
+    )
+    key = f"{prices} {total}"
+    return Problem(question, f"{dearer} + {cheaper} = {total}.\n#### {dearer}", key)
+
+
+def draw_chain(rng: random.Random, level: Level) -> Problem:
+    """What someone has after a few gains and losses."""
     name, things = pick(rng, NAMES), pick(rng, THINGS)
     value = between(rng, 2, level.largest)
     sentences = [f"{name} has {value} {things}."]

@@ -1,8 +1,8 @@
 """Generated text, instructions and worse answers, in one small vocabulary.
 
 Built on `draws`, so the bytes are the same on every machine and Python version. Pretraining text
-states sums, differences and products in signs or prose, and judges right and wrong ones; it never
-asks a question in the problems' form. The problems themselves are in `problems`.
+states sums, differences and products in signs or prose; it never asks a question in the problems'
+form. The problems themselves are in `problems`.
 """
 
 import random
@@ -77,25 +77,9 @@ def fact(rng: random.Random, level: Level) -> str:
     return pick(rng, (in_signs, in_signs, *in_prose[sign]))
 
 
-def near_miss(rng: random.Random, value: int) -> int:
-    """A wrong result that a slip would give: off by one, two or ten."""
-    offset = pick(rng, (1, 2, 10))
-    return value - offset if value > offset and below(rng, 2) else value + offset
-
-
-def check(rng: random.Random, level: Level) -> str:
-    """A sum, difference or product with a result to be judged; half of them are wrong."""
-    value = between(rng, 2, level.largest)
-    sign, operand, result = draw_operation(rng, level, value)
-    right = bool(below(rng, 2))
-    shown = result if right else near_miss(rng, result)
-    return f"Check {value} {sign} {operand} = {shown}: {'right' if right else 'wrong'}."
-
-
 def text_row(rng: random.Random, level: Level) -> dict[str, str]:
-    """A story, a page of number facts and checks, or both."""
-    forms = (fact, fact, check)
-    facts = [pick(rng, forms)(rng, level) for _ in range(between(rng, 6, 14))]
+    """A story, a page of number facts, or both."""
+    facts = [fact(rng, level) for _ in range(between(rng, 6, 14))]
     form = below(rng, 4)
     if form == 0:
         return {"text": story(rng)}
