@@ -214,7 +214,7 @@ def test_stopped_again_and_again_it_comes_to_the_same_bits(
         code, told = server.wait(pid), log.read_text()
         if code == 0:
             break
-        assert code == 75, told
+        assert code == 75, f"{code}: {told}"
         assert "Traceback" not in told
         assert told.splitlines()[-1].startswith(f"error: {number.name}") or (
             f": {number.name} after step" in told

@@ -29,6 +29,9 @@ class StopSignal:
 
     def __enter__(self) -> Self:
         self._before = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
+        around = self._before[signal.SIGTERM]
+        if isinstance(around, _StopNow):  # asked before, where the answer was lost
+            self.requested = self.requested or around.requested
         return self
 
     def __exit__(
@@ -41,16 +44,27 @@ class StopSignal:
             signal.signal(number, handler)
         if self.requested is not None and kind is None:
             number = signal.Signals[self.requested]
-            if self._before[number] is _stop_now:
-                _stop_now(number, None)
+            around = self._before[number]
+            if isinstance(around, _StopNow):
+                around(number, None)
 
 
 class _Stop(BaseException):  # passes what catches Exception
-    """Carries a signal's name to the end of `stop_at_once`."""
+    """Leaves the block of `stop_at_once`."""
 
 
-def _stop_now(number: int, frame: FrameType | None) -> None:
-    raise _Stop(signal.Signals(number).name)
+class _StopNow:
+    """Signal handler that notes the signal and leaves the block.
+
+    Extensions written in C may lose the exception, or raise their own in its place (matplotlib
+    does), so the note counts, not the exception.
+    """
+
+    requested: str | None = None
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.requested = signal.Signals(number).name
+        raise _Stop
 
 
 @contextmanager
@@ -63,12 +77,17 @@ def stop_at_once() -> Iterator[None]:
     Raises:
         StoppedBySignal: a signal came.
     """
-    before = {number: signal.signal(number, _stop_now) for number in STOP_SIGNALS}
+    now = _StopNow()
+    before = {number: signal.signal(number, now) for number in STOP_SIGNALS}
     try:
         yield
-    except _Stop as stop:
-        told = f"{stop}: what is finished stands; the same command goes on from there"
-        raise StoppedBySignal(told) from None
+    except BaseException:
+        if now.requested is None:
+            raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    if now.requested is not None:
+        raise StoppedBySignal(
+            f"{now.requested}: what is finished stands; the same command goes on from there"
+        )
