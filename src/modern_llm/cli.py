@@ -313,6 +313,8 @@ def script(command: str, argv: Sequence[str] | None = None, *, prog: str | None 
     entry.arguments(parser)
     argv = sys.argv[1:] if argv is None else argv
     parser.set_defaults(command=[command, *argv])
+    # Threads that spin while they wait make small steps many times slower on a shared machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is imported
     return _guarded(entry.execute, _parse(parser, argv))
 
 

@@ -164,7 +164,7 @@ def reached(run: Path) -> tuple[int, int]:
 def test_killed_at_random_moments_it_comes_to_the_same_bits(
     server: Server, whole: Path, write_tiny: Config, tmp_path: Path
 ) -> None:
-    """R2, R3, R15: kill -9 up to 18 times, whatever the stage is doing, and the same command again."""
+    """R2, R3, R15: kill -9 up to 18 times, whatever runs, and the same command again."""
     draw, folder = random.Random(7), tmp_path / "killed"
     config, kills, stages, before = write_tiny(folder, CHANGES), 0, set(), (0, 0)
     run = folder / "runs" / "tiny"

@@ -6,7 +6,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 
 from modern_llm.config.schema import Component, Schema, count_of
 
-GATED_FFNS = ("swiglu", "geglu")  # three matrices: their default width is 8/3 of d_model
+GATED_FFNS = ("swiglu",)  # three matrices: their default width is 8/3 of d_model
 
 ALIASES = {
     "n_embd": "d_model",

@@ -275,6 +275,8 @@ class BucketLoader(_StepLoader[B]):
         seed: decides the order.
         ranks: this process among all.
         collate: makes a batch of record numbers, such as `collate_pairs`.
+        window_batches: batches whose records are sorted by length together. 1: records come in
+            random order, for a stage whose labels go with the length.
 
     Raises:
         ConfigError: the batch does not divide.
@@ -289,12 +291,16 @@ class BucketLoader(_StepLoader[B]):
         seed: int,
         collate: Callable[[TokenStore, Ints], B],
         ranks: Ranks = Ranks(),  # noqa: B008 - frozen
+        window_batches: int = WINDOW_BATCHES,
     ) -> None:
         super().__init__(batch_size, micro_batch_size, ranks)
         self.store, self.seed, self.collate = store, seed, collate
+        self.window = batch_size * window_batches
         self.lengths = np.asarray(store.offsets[:, -1] - store.offsets[:, 0])
         self.steps_per_epoch = -(-len(store) // batch_size)
-        self.fingerprint = sha256_json(["bucket", store.fingerprint, batch_size, seed])
+        self.fingerprint = sha256_json(
+            ["bucket", store.fingerprint, batch_size, seed, window_batches]
+        )
         self._epoch = lru_cache(maxsize=2)(self._epoch_rows)
 
     def one_pass(self) -> Batches[B]:
@@ -303,7 +309,7 @@ class BucketLoader(_StepLoader[B]):
 
     def _epoch_rows(self, epoch: int) -> Ints:
         """Order of one epoch: sorted by length inside windows, batches of a window shuffled."""
-        n, window = len(self.store), self.batch_size * WINDOW_BATCHES
+        n, window = len(self.store), self.window
         rows = permuted(np.arange(n), n, derive_seed("bucket", self.seed, epoch))
         order = []
         for w, start in enumerate(range(0, n, window)):

@@ -22,6 +22,8 @@ from modern_llm.models.norms import NORMS
 from modern_llm.models.positions import POSITIONS, PositionEncoding
 from modern_llm.models.weights import WeightsMixin
 
+ROWS = 64  # the head multiplies a multiple of so many rows
+
 Cache = KVCache | StreamingCache
 
 
@@ -104,9 +106,17 @@ class ModernDecoderLM(WeightsMixin):
             pad_B=pad_B,
             cache=cache,
         )
-        if at_M is not None:
-            hidden_BTD = hidden_BTD.flatten(0, 1)[at_M]
-        return self.logits(hidden_BTD)
+        return self.logits(hidden_BTD) if at_M is None else self.logits_at(hidden_BTD, at_M)
+
+    def logits_at(self, hidden_BTD: Tensor, at_M: Tensor) -> Tensor:
+        """Logits ``(M, V)`` at flat indices into B*T.
+
+        The product has a multiple of `ROWS` rows: oneDNN keeps a compiled kernel for every shape
+        that it meets, and the count of supervised tokens is another one in each batch.
+        """
+        n_rows = at_M.shape[0]
+        padded_M = F.pad(at_M, (0, -n_rows % ROWS))
+        return self.logits(hidden_BTD.flatten(0, 1)[padded_M])[:n_rows]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``(..., D)`` from `hidden` -> ``(..., V)``."""

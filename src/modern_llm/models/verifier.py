@@ -49,7 +49,7 @@ class VerifierModel(WeightsMixin):
         hidden_BTD = self.trunk.hidden(tokens_BT, **inputs)
         value_BT = self.value_head(hidden_BTD).squeeze(-1).float()
         if at_M is not None:
-            hidden_BTD = hidden_BTD.flatten(0, 1)[at_M]
+            return self.trunk.logits_at(hidden_BTD, at_M), value_BT
         return self.trunk.logits(hidden_BTD), value_BT
 
     def score(

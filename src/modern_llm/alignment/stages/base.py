@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from modern_llm.alignment.sampling import sample_ids
 from modern_llm.config import ModelConfig, PipelineConfig, SourceConfig, StageConfig
 from modern_llm.data.collate import Batch
 from modern_llm.data.loader import Loader
@@ -214,6 +215,16 @@ class TrainedStage(Stage):
             device=self.device, precision=self.section.training.precision,
         )  # fmt: skip
 
+    def sample(self, model: nn.Module) -> dict[str, Any]:
+        """A text that the model goes on with, for ``training.sample_every``."""
+        start = next(iter(self.config.eval.completions), "")
+        ids = [self.tokenizer.bos_id, *self.tokenizer.encode(start)]
+        (done,) = sample_ids(
+            decoder_of(model), self.tokenizer, [ids], temperature=0.8, seeds=[0],
+            max_new_tokens=self.config.eval.sample_tokens,
+        )  # fmt: skip
+        return {"prompt": start, "text": self.tokenizer.decode(done)}
+
     def checkpoint_meta(self) -> dict[str, Any]:
         """What travels in each checkpoint's ``config.json``, beside its step.
 
@@ -240,7 +251,7 @@ class TrainedStage(Stage):
         trainer = Trainer(
             model, self.objective(), self.loader(), training,
             folder=self.folder, tokenizer_json=self.tokenizer.to_json(),
-            checkpoint_meta=self.checkpoint_meta(), evaluate=self.evaluate,
+            checkpoint_meta=self.checkpoint_meta(), evaluate=self.evaluate, sample=self.sample,
             flops_per_token=cost.flops_per_token_training, first_loss=self.first_loss(),
             allow_data_change=self.allow_data_change,
         )  # fmt: skip

@@ -207,10 +207,11 @@ class VerifierStage(TrainedStage):
             store,
             batch_size=training.batch_size, micro_batch_size=training.micro_batch_size,
             seed=training.seed, collate=collate_answers,
+            window_batches=1,  # right answers are short: sorted, a batch would be of one label
         )  # fmt: skip
 
     def loader(self) -> BucketLoader[AnswerBatch]:
-        """Solutions of like length side by side."""
+        """Solutions in random order."""
         return self._loader(self.store)
 
     def validation(self) -> Sequence[AnswerBatch]:
