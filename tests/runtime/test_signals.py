@@ -71,12 +71,11 @@ def test_a_request_that_no_step_answered_is_passed_on() -> None:
 def test_a_signal_counts_whatever_a_library_makes_of_it() -> None:
     """An extension in C may lose the exception of a handler, or raise its own in its place."""
     before = [signal.getsignal(number) for number in STOP_SIGNALS]
-    with pytest.raises(StoppedBySignal, match="SIGTERM") as told, stop_at_once():
+    with pytest.raises(StoppedBySignal, match="SIGTERM"), stop_at_once():
         try:
             os.kill(os.getpid(), signal.SIGTERM)
         except BaseException:
             raise ImportError("initialization failed") from None
-    assert told.value.__context__ is None
     with pytest.raises(StoppedBySignal, match="SIGTERM"), stop_at_once():
         with suppress(BaseException):
             os.kill(os.getpid(), signal.SIGTERM)
