@@ -425,7 +425,7 @@ def test_a_signal_while_sampling_stops_at_once(
 def test_a_resumed_dpo_keeps_its_reference(
     place: Places, tiny_run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """R16: what the policy is compared with never becomes the trained policy."""
+    """What the policy is compared with never becomes the trained policy."""
     from modern_llm.alignment import reference
     from modern_llm.alignment.stages import dpo
 

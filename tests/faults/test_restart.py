@@ -164,7 +164,7 @@ def reached(run: Path) -> tuple[int, int]:
 def test_killed_at_random_moments_it_comes_to_the_same_bits(
     server: Server, whole: Path, write_tiny: Config, tmp_path: Path
 ) -> None:
-    """R2, R3, R15: kill -9 up to 18 times, whatever runs, and the same command again."""
+    """Kill -9 up to 18 times, whatever runs, and the same command again."""
     draw, folder = random.Random(7), tmp_path / "killed"
     config, kills, stages, before = write_tiny(folder, CHANGES), 0, set(), (0, 0)
     run = folder / "runs" / "tiny"
@@ -230,7 +230,7 @@ def test_stopped_again_and_again_it_comes_to_the_same_bits(
 def test_two_at_once_do_not_disturb_each_other(
     server: Server, whole: Path, write_tiny: Config, tmp_path: Path
 ) -> None:
-    """R1, R19: one folder has one process; the other is refused, or has a folder of its own."""
+    """One folder has one process; the other is refused, or has a folder of its own."""
     folder = tmp_path / "both"
     config = write_tiny(folder, CHANGES)
     started = [server.start("run", "--config", config) for _ in range(2)]

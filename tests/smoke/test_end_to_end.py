@@ -107,7 +107,7 @@ def test_the_report_is_rebuilt_to_the_same_bytes(folder: Path, tmp_path: Path) -
 
 
 def test_no_secret_is_written(folder: Path) -> None:
-    """R28: what the environment holds is in no file of a run, nor in what it says."""
+    """What the environment holds is in no file of a run, nor in what it says."""
     looked = 0
     for path in folder.rglob("*"):
         if path.is_file():
