@@ -54,16 +54,20 @@ def slow_terms(
     model: VerifierModel, prompt: list[int], answer: list[int], label: float
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
     """Correctness loss, LM loss and count of right signs of one solution, token by token."""
-    logits_TV, value_T = (x[0].double() for x in model(torch.tensor([prompt + answer])))
-    value_loss, lm_loss = logits_TV.new_zeros(()), logits_TV.new_zeros(())
-    right = 0
+    row = torch.tensor([prompt + answer])
+    logprob_TV = model.trunk(row)[0].double().log_softmax(-1)
+    head_T = model.value_head(model.trunk.hidden(row))[0, :, 0].double()
+    value_loss, lm_loss = logprob_TV.new_zeros(()), logprob_TV.new_zeros(())
+    right, seen = 0, []
     for i, token in enumerate(answer):
         at = len(prompt) + i
-        p = torch.sigmoid(value_T[at])
+        seen.append(logprob_TV[at - 1, token])
+        value = head_T[at] + torch.stack(seen).min()
+        p = torch.sigmoid(value)
         value_loss = value_loss - torch.log(p if label else 1 - p)
-        right += int((value_T[at] > 0) == (label == 1.0))
+        right += int((value > 0) == (label == 1.0))
         if label:  # a wrong solution is no text to imitate
-            lm_loss = lm_loss - logits_TV[at - 1].log_softmax(-1)[token]
+            lm_loss = lm_loss - seen[-1]
     return value_loss, lm_loss, right
 
 
@@ -127,18 +131,21 @@ PAIRS = [
 ]
 
 
-def slow_score(model: VerifierModel, tokenizer: Tokenizer, question: str, text: str) -> float:
+def slow_score(model: VerifierModel, prompt: list[int], answer: list[int]) -> float:
     """The score at the last token of one unpadded row."""
-    ids = prompt_ids(tokenizer, question) + answer_ids(tokenizer, text)
+    mask = [False] * len(prompt) + [True] * len(answer)
     with torch.no_grad():
-        _, value_BT = model(torch.tensor([ids]))
-    return 1 / (1 + math.exp(-float(value_BT[0, -1])))
+        value_M, _ = model(torch.tensor([prompt + answer]), torch.tensor([mask]))
+    return 1 / (1 + math.exp(-float(value_M[-1])))
 
 
 def test_scores_are_those_at_the_last_real_token(
     tiny_verifier: VerifierModel, tokenizer: Tokenizer
 ) -> None:
-    expected = [slow_score(tiny_verifier, tokenizer, *pair) for pair in PAIRS]
+    expected = [
+        slow_score(tiny_verifier, prompt_ids(tokenizer, q), answer_ids(tokenizer, a))
+        for q, a in PAIRS
+    ]
     for size in (1, 2, 5):
         actual = score_solutions(tiny_verifier, tokenizer, PAIRS, batch_size=size, precision="fp32")
         assert actual == pytest.approx(expected, abs=1e-6)
@@ -162,14 +169,12 @@ def test_a_question_too_long_is_cut_from_its_start(
     question = "Tom has 3 pens. " * 80 + "How many pens?"
     answer = answer_ids(tokenizer, "#### 3")
     ids = prompt_ids(tokenizer, question)
-    kept = [*ids[:2], *ids[-(limit - len(answer) - 2) :], *answer]
-    assert len(kept) == limit
-    with torch.no_grad():
-        _, value_BT = tiny_verifier(torch.tensor([kept]))
+    kept = [*ids[:2], *ids[-(limit - len(answer) - 2) :]]
+    assert len(kept) + len(answer) == limit
     (score,) = score_solutions(
         tiny_verifier, tokenizer, [(question, "#### 3")], batch_size=1, precision="fp32"
     )
-    assert score == pytest.approx(torch.sigmoid(value_BT[0, -1]).item(), abs=1e-6)
+    assert score == pytest.approx(slow_score(tiny_verifier, kept, answer), abs=1e-6)
 
 
 def test_a_policy_is_no_verifier(tiny_run: Any) -> None:

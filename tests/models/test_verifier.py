@@ -3,6 +3,7 @@ import torch
 
 from modern_llm.config import ModelConfig
 from modern_llm.models import ModernDecoderLM, VerifierModel
+from modern_llm.models.verifier import least_so_far
 
 
 def make(**changes: object) -> VerifierModel:
@@ -11,59 +12,96 @@ def make(**changes: object) -> VerifierModel:
     return VerifierModel(ModelConfig(**{**sizes, "init_std": 0.3, **changes})).eval()
 
 
-ROWS = [[1, 2, 3, 4, 5, 6, 7], [8, 9], [10, 11, 12, 13], [14]]
+ROWS = [([1, 2, 3], [4, 5, 6, 7]), ([8], [9]), ([10, 11, 12], [13]), ([14], [15, 14, 16])]
 
 
+def padded(
+    rows: list[tuple[list[int], list[int]]], width: int, pad_id: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens, and the mask of the solutions, padded on the right."""
+    tokens = [q + a + [pad_id] * (width - len(q + a)) for q, a in rows]
+    answer = [[len(q) <= t < len(q + a) for t in range(width)] for q, a in rows]
+    return torch.tensor(tokens), torch.tensor(answer)
+
+
+def slow_values(model: VerifierModel, question: list[int], answer: list[int]) -> list[float]:
+    """The score's logit after each token of one solution, from its definition."""
+    row = torch.tensor([question + answer])
+    hidden_TD = model.trunk.hidden(row)[0].double()
+    logprob_TV = model.trunk(row)[0].double().log_softmax(-1)
+    weight_D, bias = model.value_head.weight[0].double(), model.value_head.bias.item()
+    values, least = [], float("inf")
+    for i, token in enumerate(answer):
+        at = len(question) + i
+        least = min(least, logprob_TV[at - 1, token].item())
+        values.append((hidden_TD[at] @ weight_D).item() + bias + least)
+    return values
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("position", ["rope", "learned"])
+def test_values_and_log_probabilities_from_their_definition(position: str) -> None:
+    model = make(position=position)
+    tokens_BT, answer_BT = padded(ROWS, 9, 0)
+    value_M, logprob_M = model(tokens_BT, answer_BT)
+    expected = [value for row in ROWS for value in slow_values(model, *row)]
+    assert value_M.dtype is logprob_M.dtype is torch.float32
+    assert value_M.tolist() == pytest.approx(expected, rel=1e-4, abs=1e-4)
+    policy = ModernDecoderLM(model.config).eval()
+    policy.load_weights(model.trunk.weights())
+    rows = [policy(torch.tensor([q + a]))[0].log_softmax(-1) for q, a in ROWS]
+    likely = [
+        row[len(q) + i - 1, token].item()
+        for row, (q, a) in zip(rows, ROWS, strict=True)
+        for i, token in enumerate(a)
+    ]
+    assert logprob_M.tolist() == pytest.approx(likely, rel=1e-4, abs=1e-4)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("position", ["rope", "learned"])
 @pytest.mark.parametrize("pad_id", [0, 22])
 def test_a_score_depends_on_its_row_only(position: str, pad_id: int) -> None:
-    """Not on batch, padding side, padding width, padding id or neighbours."""
+    """Not on batch, padding width, padding id or neighbours, also where the id is in the text."""
     model = make(position=position)
-    lengths = torch.tensor([len(row) for row in ROWS])
-    alone = torch.cat([model.score(torch.tensor([row]), torch.tensor([len(row)])) for row in ROWS])
+    rows = [*ROWS, ([1, pad_id], [2, pad_id])]
+    alone = torch.cat([model.score(*padded([row], len(row[0] + row[1]), 1)) for row in rows])
+    expected = [slow_values(model, *row)[-1] for row in rows]
+    assert alone.logit().tolist() == pytest.approx(expected, abs=1e-3)
     for width in (7, 11):
-        right = torch.tensor([row + [pad_id] * (width - len(row)) for row in ROWS])
-        left = torch.tensor([[pad_id] * (width - len(row)) + row for row in ROWS])
-        torch.testing.assert_close(model.score(right, lengths), alone, rtol=1e-4, atol=1e-5)
-        scores = model.score(left, lengths, padding="left")
+        scores = model.score(*padded(rows, width, pad_id))
         torch.testing.assert_close(scores, alone, rtol=1e-4, atol=1e-5)
-        turned = model.score(right.flip(0), lengths.flip(0)).flip(0)
-        torch.testing.assert_close(turned, alone, rtol=1e-4, atol=1e-5)
+        turned = model.score(*padded(rows[::-1], width, pad_id))
+        torch.testing.assert_close(turned.flip(0), alone, rtol=1e-4, atol=1e-5)
     assert ((alone > 0) & (alone < 1)).all()
     assert alone.std() > 1e-3
 
 
-def test_score_is_the_value_at_the_last_real_token() -> None:
-    """Also when the pad id occurs in the text."""
-    model = make()
-    tokens = torch.tensor([[1, 0, 2, 0, 0, 0]])
-    logits, value_BT = model(tokens)
-    assert logits.shape == (1, 6, 23)
-    assert value_BT.dtype is torch.float32
-    score = model.score(tokens, torch.tensor([4]))
-    torch.testing.assert_close(score[0], value_BT[0, 3].sigmoid())
+def test_the_least_likely_token_so_far() -> None:
+    answer_BT = torch.tensor([[False, True, True, True, False], [False, False, True, True, True]])
+    logprob_M = torch.tensor([-0.5, -2.0, -1.0, -3.0, -0.1, -4.0], requires_grad=True)
+    least_M = least_so_far(logprob_M, answer_BT)
+    assert least_M.tolist() == [-0.5, -2.0, -2.0, -3.0, -3.0, -4.0]
+    least_M.sum().backward()
+    assert logprob_M.grad is not None
+    assert logprob_M.grad.tolist() == [1.0, 2.0, 0.0, 2.0, 0.0, 1.0]
 
 
-def test_language_model_of_the_trunk() -> None:
-    policy = ModernDecoderLM(make().config).eval()
-    model = make()
-    model.trunk.load_weights(policy.weights())
-    tokens = torch.tensor([[1, 2, 3]])
-    torch.testing.assert_close(model(tokens)[0], policy(tokens))
-    torch.testing.assert_close(model(tokens, at_M=torch.tensor([2]))[0], policy(tokens)[0, 2:])
-    assert model(tokens, at_M=torch.tensor([2]))[1].shape == (1, 3)
-
-
-def test_an_untrained_score_is_near_one_half() -> None:
-    scores = make(init_std=0.02).score(torch.tensor([[1, 2, 3]]), torch.tensor([3]))
-    assert scores.item() == pytest.approx(0.5, abs=0.1)
+@torch.no_grad()
+def test_a_slip_lowers_the_score_of_an_untrained_head() -> None:
+    """A trunk that is sure of what follows marks down a solution that says something else."""
+    model = make(init_std=0.02)
+    model.trunk.embedding.weight[5] *= 50  # the next token is 5, whatever came before
+    likely, slip = ([1, 2], [5, 5, 5]), ([1, 2], [5, 6, 5])
+    score_likely, score_slip = model.score(*padded([likely, slip], 5, 0)).tolist()
+    assert score_slip < score_likely
 
 
 def test_joint_gradient_reaches_head_and_trunk() -> None:
     model = make(moe={"n_experts": 4}).train()
     model.set_activation_checkpointing(True)
-    logits, value_BT = model(torch.tensor([[1, 2, 3, 4]]))
-    (logits.float().logsumexp(-1).sum() + value_BT.square().sum() + model.aux_loss()).backward()
+    value_M, logprob_M = model(*padded(ROWS, 7, 0))
+    (logprob_M.sum() + value_M.square().sum() + model.aux_loss()).backward()
     assert model.value_head.weight.grad.any()
     assert model.trunk.blocks[0].attention.qkv.weight.grad.any()
     assert set(model.moe_load()) == {"layer.0", "layer.1"}

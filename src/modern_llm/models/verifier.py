@@ -1,8 +1,8 @@
 """The verifier: a decoder with a score a token (Cobbe et al. 2021, arXiv:2110.14168)."""
 
-from typing import Any, Literal
+from typing import Any
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modern_llm.config import ModelConfig
@@ -13,7 +13,12 @@ from modern_llm.models.weights import WeightsMixin
 
 
 class VerifierModel(WeightsMixin):
-    """Predicts after each token whether the solution so far will prove right (sec. 4.2, app. E).
+    """Predicts after each token of a solution whether it will prove right (sec. 4.2, app. E).
+
+    The score's logit is linear in the hidden state, as in the source, plus the log-probability of
+    the least likely token of the solution so far, under the trunk's own language model. What
+    predicts a token is at the top of the trunk one position earlier, where no later position can
+    attend to it; so the score is told how well each prediction came true, and a slip shows.
 
     Args:
         config: of the trunk, which is the policy's shape; start it with
@@ -32,44 +37,36 @@ class VerifierModel(WeightsMixin):
         """Compile the trunk; see `ModernDecoderLM.compile`."""
         self.trunk.compile(*args, **kwargs)
 
-    def forward(
-        self, tokens_BT: Tensor, *, at_M: Tensor | None = None, **inputs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Logits of the next token, and of the solution being right.
+    def forward(self, tokens_BT: Tensor, answer_BT: Tensor, **inputs: Any) -> tuple[Tensor, Tensor]:
+        """Value and log-probability of each of the M answer tokens, row after row.
 
         Args:
-            tokens_BT: token ids, int64.
-            at_M: flat indices into B*T; language-model logits are computed there only.
+            tokens_BT: token ids, int64, padded on the right with any id.
+            answer_BT: bool, True on the tokens of the solution; a row begins with a question.
             **inputs: as in `ModernDecoderLM.forward`.
 
         Returns:
-            Logits ``(B, T, V)`` or ``(M, V)`` in the compute dtype, and ``value_BT`` in float32:
-            the score's logit after each token.
+            ``value_M``, the score's logit after each token, and ``logprob_M``, the token's nats
+            under the trunk; both float32.
         """
         hidden_BTD = self.trunk.hidden(tokens_BT, **inputs)
-        value_BT = self.value_head(hidden_BTD).squeeze(-1).float()
-        if at_M is not None:
-            return self.trunk.logits_at(hidden_BTD, at_M), value_BT
-        return self.trunk.logits(hidden_BTD), value_BT
+        at_M = answer_BT.flatten().nonzero().squeeze(1)
+        logits_MV = self.trunk.logits_at(hidden_BTD, at_M - 1)  # a token is predicted one earlier
+        tokens_M = tokens_BT.flatten()[at_M]
+        logprob_M = -F.cross_entropy(logits_MV.float(), tokens_M, reduction="none")
+        head_M = self.value_head(hidden_BTD.flatten(0, 1)[at_M]).squeeze(-1).float()
+        return head_M + least_so_far(logprob_M, answer_BT), logprob_M
 
-    def score(
-        self, tokens_BT: Tensor, lengths_B: Tensor, *, padding: Literal["right", "left"] = "right"
-    ) -> Tensor:
-        """Score in (0, 1) at the last real token of each row, ``(B,)`` float32.
+    def score(self, tokens_BT: Tensor, answer_BT: Tensor) -> Tensor:
+        """Score in (0, 1) at the last token of each row's solution, ``(B,)`` float32.
 
         Args:
-            tokens_BT: question and solution, padded on one side with any id.
-            lengths_B: real tokens of each row (int64, at least 1); padding is known by length,
-                never by id.
-            padding: the side of the padding.
+            tokens_BT: question and solution, padded on the right with any id.
+            answer_BT: bool, True on the tokens of the solution; at least one a row.
         """
-        n_tokens = tokens_BT.shape[1]
-        left = padding == "left"
-        pad_B = n_tokens - lengths_B if left else None
-        hidden_BTD = self.trunk.hidden(tokens_BT, pad_B=pad_B)
-        last_B = torch.full_like(lengths_B, n_tokens - 1) if left else lengths_B - 1
-        hidden_BD = hidden_BTD[torch.arange(len(lengths_B), device=tokens_BT.device), last_B]
-        return self.value_head(hidden_BD).squeeze(-1).float().sigmoid()  # type: ignore[no-any-return]
+        value_M, _ = self(tokens_BT, answer_BT)
+        last_B = answer_BT.sum(dim=1).cumsum(0) - 1
+        return value_M[last_B].sigmoid()  # type: ignore[no-any-return]
 
     def set_activation_checkpointing(self, enabled: bool) -> None:
         """As in `ModernDecoderLM`."""
@@ -88,3 +85,14 @@ class VerifierModel(WeightsMixin):
         count = sum(p.numel() for p in self.value_head.parameters())
         flops = self.value_head.flops()
         return self.trunk.cost(seq_len) + Cost(count, count, 0, flops, {"value head": flops})
+
+
+def least_so_far(logprob_M: Tensor, answer_BT: Tensor) -> Tensor:
+    """Smallest log-probability of a solution up to each of its tokens, ``(M,)``.
+
+    Args:
+        logprob_M: nats of each answer token, row after row.
+        answer_BT: bool, True on the M answer tokens.
+    """
+    logprob_BT = logprob_M.new_zeros(answer_BT.shape).masked_scatter(answer_BT, logprob_M)
+    return logprob_BT.cummin(dim=1).values[answer_BT]  # the zeros around a solution are no smaller

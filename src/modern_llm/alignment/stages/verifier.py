@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from modern_llm.alignment.sampling import sample_texts
 from modern_llm.alignment.stages.base import STAGES, TrainedStage, load_policy
 from modern_llm.config import VerifierConfig
-from modern_llm.data.collate import IGNORE, AnswerBatch, collate_answers
+from modern_llm.data.collate import AnswerBatch, collate_answers
 from modern_llm.data.corruption import corrupt_solution
 from modern_llm.data.loader import BucketLoader
 from modern_llm.data.prepare import solution_store
@@ -39,7 +39,7 @@ from modern_llm.runtime.logs import get_logger
 from modern_llm.runtime.seeding import derive_seed
 from modern_llm.training.checkpoint import Checkpoint, load_model_weights
 from modern_llm.training.handover import model_config
-from modern_llm.training.objectives import Terms, token_loss_sum
+from modern_llm.training.objectives import Terms
 
 log = get_logger(__name__)
 Solution = dict[str, Any]  # question, text, label (1 right), origin
@@ -67,14 +67,10 @@ class VerifierObjective:
 
     def __call__(self, model: nn.Module, batch: AnswerBatch) -> Terms:
         """Sums over answer tokens of the correctness loss and the weighted LM loss."""
-        answer_M = batch.answer_BT.flatten().nonzero().squeeze(1)
-        before_M = answer_M - 1  # where the answer's tokens are predicted
-        logits_MV, value_BT = model(batch.tokens_BT, at_M=before_M)
-        value_M = value_BT.flatten()[answer_M].float()
-        label_M = batch.label_B[:, None].expand_as(value_BT).flatten()[answer_M]
+        value_M, logprob_M = model(batch.tokens_BT, batch.answer_BT)
+        label_M = batch.label_B[:, None].expand_as(batch.answer_BT)[batch.answer_BT]
         value_sum = F.binary_cross_entropy_with_logits(value_M, label_M, reduction="sum")
-        next_M = batch.labels_BT.flatten()[before_M].masked_fill(label_M < 0.5, IGNORE)
-        lm_sum = token_loss_sum(logits_MV, next_M)
+        lm_sum = -(logprob_M * label_M).sum()
         metrics = {
             "value_loss": value_sum.detach(),
             "lm_loss": lm_sum.detach(),
@@ -299,10 +295,12 @@ def score_solutions(
     """
     limit = model.config.max_seq_len
     prompts = prompts_ids(tokenizer, [question for question, _ in solutions])
-    rows = []
+    rows, answers = [], []  # ids, and which of them are the solution's
     for prompt, (_, text) in zip(prompts, solutions, strict=True):
         answer = answer_ids(tokenizer, text)
-        rows.append(torch.tensor([*truncate_prompt(prompt, limit - len(answer)), *answer]))
+        question = truncate_prompt(prompt, limit - len(answer))
+        rows.append(torch.tensor([*question, *answer]))
+        answers.append(torch.arange(len(rows[-1])) >= len(question))
     device = next(model.parameters()).device
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     scores = [0.0] * len(rows)
@@ -310,8 +308,8 @@ def score_solutions(
         for start in range(0, len(order), batch_size):
             chunk = order[start : start + batch_size]
             tokens_BT = pad_sequence([rows[i] for i in chunk], batch_first=True)
-            lengths_B = torch.tensor([len(rows[i]) for i in chunk])
-            score_B = model.score(tokens_BT.to(device), lengths_B.to(device))
+            answer_BT = pad_sequence([answers[i] for i in chunk], batch_first=True)
+            score_B = model.score(tokens_BT.to(device), answer_BT.to(device))
             for i, score in zip(chunk, score_B.tolist(), strict=True):
                 scores[i] = score
     return scores
