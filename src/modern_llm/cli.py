@@ -141,11 +141,14 @@ def _compare_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _compare(args: argparse.Namespace) -> int:
+    # argparse gives --checkpoints all that follows it, overrides too.
+    folders = [path for path in args.checkpoints if "=" not in str(path) or path.exists()]
+    args.overrides += [str(path) for path in args.checkpoints if path not in folders]
     config = _config(args)
     from modern_llm.alignment.comparison import compare_checkpoints
 
     written = compare_checkpoints(
-        config, args.checkpoints, baselines=args.baseline, on_exists=args.on_exists
+        config, folders, baselines=args.baseline, on_exists=args.on_exists
     )
     if written is not None:
         print(f"result: {written}")

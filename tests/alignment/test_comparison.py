@@ -65,7 +65,7 @@ def test_a_baseline_beside_them(
     here = place()
     path = tiny_run.run / "sft" / "final"
     baselines = ("--baseline", gpt2_folder, "--baseline", "gpt2-of-nobody")
-    assert compare(here, *PERPLEXITY_ONLY, "--checkpoints", path, *baselines) == 0
+    assert compare(here, "--checkpoints", path, *PERPLEXITY_ONLY, *baselines) == 0
     result = result_of(here)
     assert set(result["scores"]) == {str(path), str(gpt2_folder)}
     (difference,) = result["differences"]

@@ -290,6 +290,10 @@ def test_code_in_yaml_is_refused_and_not_run(write: Write, tmp_path: Path, paylo
         ("a.yaml", "", "must hold one object of sections, has NoneType"),
         ("a.yaml", "a: [1", "cannot be read as yaml"),
         ("a.yml", "\tx: 1", "cannot be read as yml"),
+        ("a.json", '{"sft": {"training": {"lr": 1, "lr": 2}}}', "'lr' is given twice"),
+        ("a.yaml", "seed: 1\nname: a\nseed: 1", "'seed' is given twice"),
+        ("a.yaml", "[1]: 2", "cannot be read as yaml"),
+        ("a.yaml", "seed: !!python/object/apply:os.system [exit]", "cannot be read as yaml"),
     ],
 )
 def test_a_malformed_file_is_told(write: Write, name: str, text: str, rule: str) -> None:

@@ -3,7 +3,13 @@ import itertools
 import numpy as np
 import pytest
 
-from modern_llm.evaluation.calibration import auroc, auroc_score, ece_score, reliability
+from modern_llm.evaluation.calibration import (
+    auroc,
+    auroc_score,
+    auroc_within_score,
+    ece_score,
+    reliability,
+)
 from modern_llm.evaluation.scores import NotEvaluated, Score
 
 
@@ -50,6 +56,24 @@ def test_auroc_not_evaluable() -> None:
         result = auroc_score([0.5] * len(labels), labels, range(len(labels)), key="x")
         assert isinstance(result, NotEvaluated)
         assert result.why == why
+
+
+def test_auroc_within_problems_does_not_see_which_problems_are_easy() -> None:
+    labels = [1, 1, 1, 0, 0, 0, 0, 1, 1, 1]
+    groups = [0, 0, 0, 0, 1, 1, 1, 1, 2, 2]  # the last has no wrong answer
+    by_problem = [0.9] * 4 + [0.1] * 4 + [0.5] * 2
+    result = auroc_within_score(by_problem, labels, groups, key="x")
+    assert isinstance(result, Score)
+    assert result.value == 0.5
+    assert result.n == 2
+    assert auroc(by_problem, labels) > 0.7
+    ranked = [0.3, 0.2, 0.4, 0.1, 0.9, 0.7, 0.5, 0.8, 0.0, 0.0]  # 3 of 3 pairs, then 2 of 3
+    result = auroc_within_score(ranked, labels, groups, key="x")
+    assert isinstance(result, Score)
+    assert result.value == pytest.approx((1 + 2 / 3) / 2)
+    missing = auroc_within_score([0.1, 0.2], [1, 0], [0, 1], key="x")
+    assert isinstance(missing, NotEvaluated)
+    assert "no problem has right and wrong" in missing.why
 
 
 def test_ece_by_hand() -> None:

@@ -14,6 +14,7 @@ from modern_llm.evaluation.reasoning import (
     exact_match,
     grade_samples,
     majority,
+    most_likely,
     oracle,
     pass_at_k,
     reasoning_report,
@@ -23,7 +24,8 @@ from modern_llm.evaluation.reasoning import (
 def random_problem(rng: random.Random, n: int, *, ties: bool) -> Graded:
     answers = tuple(rng.choice([None, *map(Decimal, (1, 2, 3))]) for _ in range(n))
     scores = tuple(rng.choice([0.1, 0.5, 0.9]) if ties else rng.random() for _ in range(n))
-    return Graded(answers, tuple(a == 1 for a in answers), scores)
+    logprobs = tuple(-10 * rng.random() for _ in range(n))
+    return Graded(answers, tuple(a == 1 for a in answers), scores, logprobs)
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 8])
@@ -51,7 +53,7 @@ def test_expectations_over_subsets(ties: bool) -> None:
     for _ in range(40):
         problem = random_problem(rng, 6, ties=ties)
         for n in range(1, 7):
-            votes, best, best_possible = [], [], []
+            votes, best, likely, best_possible = [], [], [], []
             for subset in itertools.combinations(range(6), n):
                 counts = Counter(a for i in subset if (a := problem.answers[i]) is not None)
                 top = max(counts.values(), default=0)
@@ -63,10 +65,14 @@ def test_expectations_over_subsets(ties: bool) -> None:
                 high = max(problem.scores[i] for i in subset)
                 tied = [problem.correct[i] for i in subset if problem.scores[i] == high]
                 best.append(sum(tied) / len(tied))
+                assert problem.logprobs is not None
+                probable = max(subset, key=problem.logprobs.__getitem__)
+                likely.append(problem.correct[probable])
                 best_possible.append(any(problem.correct[i] for i in subset))
             assert majority(problem, n) == pytest.approx(np.mean(votes))
             assert oracle(problem, n) == pytest.approx(np.mean(best_possible))
             assert best_of_n(problem, n) == pytest.approx(np.mean(best))
+            assert most_likely(problem, n) == pytest.approx(np.mean(likely))
 
 
 def test_equal_decimals_vote_together_and_ties_go_to_the_first() -> None:
@@ -90,8 +96,12 @@ def test_bad_calls() -> None:
         majority(problem, 2)
     with pytest.raises(ValueError, match="scored samples"):
         best_of_n(problem, 1)
+    with pytest.raises(ValueError, match="scored samples"):
+        most_likely(Graded((Decimal(1),), (True,), (0.5,)), 1)
     with pytest.raises(ValueError, match="2 scores for 1"):
         grade_samples("1", ["1"], scores=[1, 2])
+    with pytest.raises(ValueError, match="0 scores for 1"):
+        grade_samples("1", ["1"], logprobs=[])
     with pytest.raises(ValueError, match="same count"):
         reasoning_report([problem, Graded((), ())], key="x")
     with pytest.raises(DataError):
@@ -109,7 +119,8 @@ def many_problems(n: int = 120, samples: int = 8) -> list[Graded]:
         )
         correct = tuple(a == 1 for a in answers)
         scores = tuple(min(1.0, max(0.0, rng.gauss(0.75 if ok else 0.25, 0.2))) for ok in correct)
-        problems.append(Graded(answers, correct, scores))
+        logprobs = tuple(rng.gauss(-5 if ok else -6, 1.0) for ok in correct)
+        problems.append(Graded(answers, correct, scores, logprobs))
     return problems
 
 
@@ -118,8 +129,9 @@ def test_report() -> None:
     report = reasoning_report(problems, key="toy.test/T0.7", ns=(1, 2, 4, 8, 16))
     values = {score.metric: score for score in report.scores}
     assert list(values) == [
-        "pass@1", "majority@8", "pass@8", "best_of_8",
-        "best_of_8 - majority", "best_of_8 - pass@1", "auroc", "ece",
+        "pass@1", "majority@8", "pass@8", "most_likely_of_8", "best_of_8",
+        "best_of_8 - majority", "best_of_8 - most_likely", "best_of_8 - pass@1",
+        "auroc", "auroc_within", "ece",
     ]  # fmt: skip
     assert report.not_evaluated == []
     assert values["pass@1"].value == pytest.approx(np.mean([p.correct for p in problems]))
@@ -132,7 +144,12 @@ def test_report() -> None:
         assert score.key == "toy.test/T0.7"
     assert report.curves is not None
     assert report.curves["n"] == [1, 2, 4, 8]
-    for name in ("majority", "verifier", "oracle"):  # one sample: all methods are pass@1
+    for name in (
+        "majority",
+        "most_likely",
+        "verifier",
+        "oracle",
+    ):  # of one sample
         assert report.curves[name][0]["value"] == pytest.approx(values["pass@1"].value)
         assert len(report.curves[name]) == 4
     assert sum(b.n for b in report.bins) == 120 * 8

@@ -183,6 +183,7 @@ def reasoning() -> dict[str, Any]:
         "curves": {
             "n": [1, 2, 4, 8], "pass1": points([0.58])[0],
             "majority": points([0.58, 0.585, 0.64, 0.68]),
+            "most_likely": points([0.58, 0.62, 0.66, 0.70]),
             "verifier": points([0.58, 0.69, 0.75, 0.79]),
             "oracle": points([0.58, 0.74, 0.85, 0.92]),
         },
@@ -194,6 +195,7 @@ def reasoning() -> dict[str, Any]:
             score("synthetic.test/T0.7", "majority@8", 0.68, 0.06, 200),
             score("synthetic.test/T0.7", "best_of_8", 0.79, 0.06, 200),
             score("synthetic.test/T0.7", "best_of_8 - majority", 0.11, 0.06, 200),
+            score("synthetic.test/T0.7", "best_of_8 - most_likely", 0.09, 0.05, 200),
             score("synthetic.test/T0.7", "best_of_8 - pass@1", 0.21, 0.05, 200),
             score("synthetic.test/n8", "auroc", 0.91, 0.012, 1600),
         ],

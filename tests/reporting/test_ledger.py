@@ -23,7 +23,7 @@ def rows_of(ledger: Path) -> list[dict[str, object]]:
 def test_every_score_has_its_row_and_origin(fake: Path, tmp_path: Path) -> None:
     ledger = tmp_path / "results" / "ledger.jsonl"
 
-    assert record_scores(fake, ledger) == 25  # 3 models of 6 scores, 6 of the samples, ECE
+    assert record_scores(fake, ledger) == 26  # 3 models of 6 scores, 7 of the samples, ECE
 
     rows = rows_of(ledger)
     row = next(r for r in rows if (r["stage"], r["metric"]) == ("sft", "exact_match"))
@@ -36,7 +36,8 @@ def test_every_score_has_its_row_and_origin(fake: Path, tmp_path: Path) -> None:
     assert row["versions"]["torch"] == "2.10.0"  # type: ignore[index]
     assert len(str(row["data_sha256"])) == 64
     assert {r["metric"] for r in rows if r["stage"] == "verifier"} == {
-        "auroc", "ece", "best_of_8", "best_of_8 - majority", "best_of_8 - pass@1",
+        "auroc", "ece", "best_of_8",
+        "best_of_8 - majority", "best_of_8 - most_likely", "best_of_8 - pass@1",
     }  # fmt: skip
 
 
@@ -89,7 +90,7 @@ def test_processes_at_once_lose_no_row(fake: Path, tmp_path: Path) -> None:
 
     assert [racer.returncode for racer in racers] == [0, 0, 0]
     rows = rows_of(ledger)
-    assert len(rows) == 75
+    assert len(rows) == 78
     assert {r["run"] for r in rows} == {"made-up", "second", "third"}
 
 

@@ -22,7 +22,7 @@ from modern_llm.data.sources.base import RowCounts
 from modern_llm.data.templates import answer_ids, prompt_text, prompts_ids
 from modern_llm.data.tokenizer import Tokenizer
 from modern_llm.evaluation.baselines import load_baseline
-from modern_llm.evaluation.likelihood import Compute, answer_bits_per_byte
+from modern_llm.evaluation.likelihood import Compute, answer_bits_per_byte, answer_nats
 from modern_llm.evaluation.perplexity import all_protocols, perplexity
 from modern_llm.evaluation.preference import preference_scores
 from modern_llm.evaluation.reasoning import exact_match
@@ -156,6 +156,16 @@ class Suite:
             key=f"{key}/gold+eos", max_tokens=model.config.max_seq_len,
         )  # fmt: skip
         return [*results, gold_bits]
+
+    def logprobs(
+        self, model: ModernDecoderLM, tokenizer: Tokenizer, solutions: list[tuple[str, str]]
+    ) -> list[float]:
+        """Log-probability in nats of each ``(question, solution)``, EOS included."""
+        prompts = prompts_ids(tokenizer, [question for question, _ in solutions])
+        answers = [answer_ids(tokenizer, text) for _, text in solutions]
+        rows = zip(prompts, answers, strict=True)
+        limit = model.config.max_seq_len
+        return [-nats for nats in answer_nats(model, rows, self.compute, max_tokens=limit)]
 
     def preference(
         self, model: nn.Module, tokenizer: Tokenizer, reference_P2: Any | None

@@ -78,12 +78,39 @@ def _locate(name: str, *, base: Path | None) -> Path:
 def _read(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text()
-        value = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        if path.suffix == ".json":
+            value = json.loads(text, object_pairs_hook=_once_each)
+        else:
+            value = yaml.load(text, _StrictLoader)
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot be read as {path.suffix[1:]}: {error}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: must hold one object of sections, has {type(value).__name__}")
     return value
+
+
+def _once_each(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    """A dict of ``pairs``, in which a key given twice is an error and not the last one's value."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = ", ".join(f"'{key}'" for key in value if keys.count(key) > 1)
+        raise ConfigError(f"{twice} is given twice in one section; which one counts?")
+    return value
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML without tags that run code, and with each key once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Dict of a mapping node."""
+        merges = "tag:yaml.org,2002:merge"
+        own = [(self.construct_object(k), v) for k, v in node.value if k.tag != merges]
+        value = super().construct_mapping(node, deep)
+        _once_each(own)
+        return value
 
 
 def _read_with_parents(path: Path, *, seen: tuple[Path, ...]) -> dict[str, Any]:

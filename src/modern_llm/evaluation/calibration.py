@@ -5,7 +5,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from modern_llm.evaluation.intervals import Floats, bootstrap, percentiles, resample_counts
+from modern_llm.evaluation.intervals import (
+    Floats,
+    bootstrap,
+    bootstrap_mean,
+    percentiles,
+    resample_counts,
+)
 from modern_llm.evaluation.scores import NotEvaluated, Result, Score
 
 
@@ -82,6 +88,31 @@ def auroc_score(scores: ArrayLike, labels: ArrayLike, groups: ArrayLike, *, key:
     ci95 = percentiles(resampled) if n_groups > 1 else None
     note = f"base rate {truth.mean():.3f}; interval: bootstrap over {n_groups} problems"
     return Score(key, "auroc", value, ci95, len(truth), note)
+
+
+def auroc_within_score(
+    scores: ArrayLike, labels: ArrayLike, groups: ArrayLike, *, key: str
+) -> Result:
+    """Mean over problems of the AUROC among one problem's answers.
+
+    A score that only knows which problems are easy has a high AUROC over all answers and 0.5 here,
+    which is all that helps to choose. Problems with answers of one kind have none.
+
+    Args:
+        scores: ``(n,)``.
+        labels: ``(n,)``.
+        groups: ``(n,)``, number of the problem that each answer belongs to.
+        key: of the result.
+    """
+    values, truth, group = np.asarray(scores), np.asarray(labels), np.asarray(groups)
+    problems = np.unique(group)
+    each = [auroc(values[group == g], truth[group == g]) for g in problems]
+    mixed = [value for value in each if value is not None]
+    if not mixed:
+        return NotEvaluated(f"{key} auroc_within", "no problem has right and wrong answers")
+    note = f"mean over the {len(mixed)} of {len(problems)} problems with right and wrong answers"
+    interval = bootstrap_mean(mixed) if len(mixed) > 1 else None
+    return Score(key, "auroc_within", float(np.mean(mixed)), interval, len(mixed), note)
 
 
 def reliability(scores: ArrayLike, labels: ArrayLike, *, n_bins: int = 10) -> list[Bin]:

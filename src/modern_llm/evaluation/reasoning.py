@@ -1,4 +1,4 @@
-"""Scores of sampled solutions: pass@k, majority vote, best-of-n by a verifier, oracle.
+"""Scores of sampled solutions: pass@k, majority vote, the most likely, a verifier's best, oracle.
 
 All values are expectations over the drawn samples where that is cheap, and all intervals are
 bootstraps over problems: samples of one problem are not independent.
@@ -15,7 +15,13 @@ from typing import Any
 import numpy as np
 
 from modern_llm.evaluation.answers import check_steps, extract_answer, gold_answer
-from modern_llm.evaluation.calibration import Bin, auroc_score, ece_score, reliability
+from modern_llm.evaluation.calibration import (
+    Bin,
+    auroc_score,
+    auroc_within_score,
+    ece_score,
+    reliability,
+)
 from modern_llm.evaluation.intervals import bootstrap, bootstrap_mean, share_interval
 from modern_llm.evaluation.scores import NotEvaluated, Result, Score
 
@@ -30,11 +36,13 @@ class Graded:
         answers: final answer of each sample; ``None`` where it has none.
         correct: whether each is right.
         scores: verifier's score of each, in [0, 1]; ``None`` without a verifier.
+        logprobs: log-probability of each under the policy that drew it, in nats.
     """
 
     answers: tuple[Decimal | None, ...]
     correct: tuple[bool, ...]
     scores: tuple[float, ...] | None = None
+    logprobs: tuple[float, ...] | None = None
 
 
 def grade_samples(
@@ -42,6 +50,7 @@ def grade_samples(
     samples: Sequence[str],
     *,
     scores: Sequence[float] | None = None,
+    logprobs: Sequence[float] | None = None,
     flexible: bool = False,
 ) -> Graded:
     """Extract and grade the samples of one problem.
@@ -50,17 +59,20 @@ def grade_samples(
         gold: reference, ``... #### 42`` or a bare number.
         samples: sampled solutions.
         scores: verifier's score of each sample.
+        logprobs: nats of each sample under the policy.
         flexible: take the last number instead of ``#### number``.
 
     Raises:
         DataError: the reference has no number.
     """
-    if scores is not None and len(scores) != len(samples):
-        raise ValueError(f"{len(scores)} scores for {len(samples)} samples")
+    for values in (scores, logprobs):
+        if values is not None and len(values) != len(samples):
+            raise ValueError(f"{len(values)} scores for {len(samples)} samples")
     wanted = gold_answer(gold)
     answers = tuple(extract_answer(text, flexible=flexible) for text in samples)
     correct = tuple(answer == wanted for answer in answers)
-    return Graded(answers, correct, None if scores is None else tuple(map(float, scores)))
+    chosen, likely = (None if v is None else tuple(map(float, v)) for v in (scores, logprobs))
+    return Graded(answers, correct, chosen, likely)
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -104,21 +116,31 @@ def majority(problem: Graded, n: int) -> float:
 
 
 def best_of_n(problem: Graded, n: int) -> float:
-    """Expected accuracy of the sample that the verifier scores highest among ``n``.
+    """Expected accuracy of the sample that the verifier scores highest among ``n``."""
+    return _highest(problem.correct, problem.scores, n)
 
-    Exact over all subsets: the sample of rank r (from 0) among N is the best of a random subset
-    with chance ``C(N-1-r, n-1) / C(N, n)``. Equal scores are broken at random.
+
+def most_likely(problem: Graded, n: int) -> float:
+    """Expected accuracy of the sample that the policy itself finds most probable among ``n``."""
+    return _highest(problem.correct, problem.logprobs, n)
+
+
+def _highest(correct: Sequence[bool], scores: Sequence[float] | None, n: int) -> float:
+    """Expected accuracy of the highest score of ``n`` samples, over all subsets, exactly.
+
+    The sample of rank r (from 0) among N is the best of a random subset with chance
+    ``C(N-1-r, n-1) / C(N, n)``. Equal scores are broken at random.
     """
-    total = len(problem.correct)
-    if problem.scores is None or not 1 <= n <= total:
+    total = len(correct)
+    if scores is None or not 1 <= n <= total:
         raise ValueError(f"best of {n} needs at least {n} scored samples")
     chance = [math.comb(total - 1 - rank, n - 1) / math.comb(total, n) for rank in range(total)]
-    order = sorted(range(total), key=lambda i: -problem.scores[i])  # type: ignore[index]
+    order = sorted(range(total), key=lambda i: -scores[i])
     expected = 0.0
     at = 0
     while at < total:
-        tied = [i for i in order[at:] if problem.scores[i] == problem.scores[order[at]]]
-        accuracy = sum(problem.correct[i] for i in tied) / len(tied)
+        tied = [i for i in order[at:] if scores[i] == scores[order[at]]]
+        accuracy = sum(correct[i] for i in tied) / len(tied)
         expected += accuracy * sum(chance[at : at + len(tied)])
         at += len(tied)
     return expected
@@ -149,7 +171,7 @@ class ReasoningReport:
 def reasoning_report(
     problems: Sequence[Graded], *, key: str, ns: Sequence[int] = (1, 2, 4, 8)
 ) -> ReasoningReport:
-    """pass@1, pass@k, majority, best-of-n, oracle, their paired differences, AUROC, calibration.
+    """Curves of every choice among n, paired differences to the verifier's, AUROC, calibration.
 
     Args:
         problems: each with the same count of samples.
@@ -203,6 +225,8 @@ def _add_curves(
     sizes: list[int],
 ) -> None:
     methods: dict[str, Callable[[Graded, int], float]] = {"majority": majority, "oracle": oracle}
+    if all(p.logprobs is not None for p in problems):
+        methods["most_likely"] = most_likely
     if all(p.scores is not None for p in problems):
         methods["verifier"] = best_of_n
     curves: dict[str, Any] = {"n": sizes, "pass1": _point(pass1), "verifier": None}
@@ -213,12 +237,20 @@ def _add_curves(
         largest[name] = rows[-1]
     report.curves = curves
     top = sizes[-1]
-    names = {"oracle": f"pass@{top}", "majority": f"majority@{top}", "verifier": f"best_of_{top}"}
+    names = {
+        "oracle": f"pass@{top}",
+        "majority": f"majority@{top}",
+        "most_likely": f"most_likely_of_{top}",
+        "verifier": f"best_of_{top}",
+    }
     for name, values in largest.items():
         report.add(_share(key, names[name], values, "bootstrap over problems"))
     if "verifier" in largest:
-        for other, values in (("majority", largest["majority"]), ("pass@1", pass1)):
-            gain = np.subtract(largest["verifier"], values)
+        others = {**largest, "pass@1": pass1}
+        for other in ("majority", "most_likely", "pass@1"):
+            if other not in others:
+                continue
+            gain = np.subtract(largest["verifier"], others[other])
             metric = f"best_of_{top} - {other}"
             interval = bootstrap_mean(gain)
             note = "paired difference; bootstrap over problems"
@@ -230,6 +262,7 @@ def _add_calibration(report: ReasoningReport, problems: Sequence[Graded], *, key
     labels = [ok for p in problems for ok in p.correct]
     groups = [i for i, p in enumerate(problems) for _ in p.correct]
     report.auroc = report.add(auroc_score(scores, labels, groups, key=key))
+    report.add(auroc_within_score(scores, labels, groups, key=key))
     report.ece = report.add(ece_score(scores, labels, groups, key=key))
     report.bins = reliability(scores, labels)
 

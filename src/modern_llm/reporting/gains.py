@@ -112,12 +112,12 @@ def _verifier_rows(run: Run, reasoning: Reasoning | None) -> list[list[str]]:
         return []
     n = reasoning.n[-1]
     best = reasoning.curves["verifier"][-1]
-    majority = reasoning.curves.get("majority", (None,))[-1]
+    others = {"majority": f"majority of {n}", "most_likely": f"the most likely of {n}"}
     rows = []
-    for name, point in (("pass@1", reasoning.pass1), ("majority", majority)):
+    for name, label in {"pass@1": "pass@1", **others}.items():
+        point = reasoning.pass1 if name == "pass@1" else reasoning.curves.get(name, (None,))[-1]
         if point is None:
             continue
-        label = "pass@1" if name == "pass@1" else f"majority of {n}"
         told = _told(_difference(run, f"best_of_{n} - {name}"))
         if told[0] == MISSING:
             told = _unpaired(point, best)

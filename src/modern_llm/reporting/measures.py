@@ -44,7 +44,8 @@ MEASURES = (  # the first that fits
     Measure("loss", "loss", (("loss",),), False, False),
     Measure("auroc", "AUROC", (("auroc",),)),
     Measure("ece", "ECE", (("ece",),), False, False),
-    Measure("fraction", "", (("accuracy",), ("pass@",), ("majority",), ("best_of",)), True),
+    Measure("choice", "", (("majority",), ("most_likely",), ("best_of",)), True),
+    Measure("fraction", "", (("accuracy",), ("pass@",)), True),
 )
 OTHER = Measure("other", "", (), False, None)
 

@@ -9,6 +9,7 @@ from modern_llm.config import STAGES, TRAINED_STAGES
 from modern_llm.errors import DataError
 from modern_llm.reporting.fields import Fields, read_json, read_rows
 from modern_llm.reporting.values import (
+    CHOICES,
     Bin,
     Checkpoint,
     DataRow,
@@ -221,7 +222,7 @@ def _reasoning(fields: Fields) -> Reasoning | None:
     curves = fields.fields("curves")
     n = tuple(v for v in curves.list("n") if isinstance(v, int) and not isinstance(v, bool))
     found: dict[str, tuple[Point, ...]] = {}
-    for name in ("majority", "verifier", "oracle"):
+    for name in CHOICES:
         points = tuple(p for item in curves.items(name) if (p := _point(item)))
         if points and len(points) == len(n):
             found[name] = points

@@ -6,7 +6,7 @@ from modern_llm.reporting.gains import HEADS, gains, scored_stages, stage_scores
 from modern_llm.reporting.measures import column, written, written_point
 from modern_llm.reporting.plots import DPO_CAPTION
 from modern_llm.reporting.tables import MISSING, code, escape, fixed, percent, table, whole
-from modern_llm.reporting.values import Reasoning, Run, Score
+from modern_llm.reporting.values import CHOICES, Reasoning, Run, Score
 
 SAMPLE_CHARACTERS = 700  # of one text in the table of samples
 STAGE_COLUMNS = (
@@ -139,14 +139,14 @@ def _curve_table(reasoning: Reasoning) -> str:
     oracle = reasoning.curves.get("oracle")
     if not reasoning.curves or (oracle and oracle[-1].value == 0):
         return "Best of n is not evaluable: no sample of any problem is right."
-    names = [name for name in ("majority", "verifier", "oracle") if name in reasoning.curves]
+    names = [name for name in CHOICES if name in reasoning.curves]
     first = written_point(reasoning.pass1, reasoning.n_problems)
     rows = [
         [str(n), first if n == 1 else "",
          *(written_point(reasoning.curves[name][i], reasoning.n_problems) for name in names)]
         for i, n in enumerate(reasoning.n)
     ]  # fmt: skip
-    return table(["n", "pass@1", *names], rows, right="r")
+    return table(["n", "pass@1", *(CHOICES[name] for name in names)], rows, right="r")
 
 
 def _bin_table(reasoning: Reasoning) -> list[str]:

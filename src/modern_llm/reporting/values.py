@@ -137,9 +137,17 @@ class Bin:
     n: int
 
 
+CHOICES = {  # ways to choose among n samples, and their names in tables and plots
+    "majority": "majority",
+    "most_likely": "most likely",
+    "verifier": "verifier",
+    "oracle": "oracle",
+}
+
+
 @dataclass(frozen=True)
 class Reasoning:
-    """Best-of-n of one policy; ``curves`` maps majority, verifier, oracle to a point per ``n``."""
+    """Best-of-n of one policy; ``curves`` maps each of `CHOICES` to a point per ``n``."""
 
     policy: str
     n_problems: int | None

@@ -108,19 +108,19 @@ class EvalStage(Stage):
             max_new_tokens=task.max_new_tokens, precision=precision,
             seed=derive_seed(self.config.seed, "eval"),
         )  # fmt: skip
-        chosen: list[list[float] | None] = [None] * len(groups)
+        pairs = [(q, t) for q, group in zip(questions, groups, strict=True) for t in group]
+        likely = suite.logprobs(policy, tokenizer, pairs)
+        chosen: list[float] | None = None
         if "verifier" in found:
-            pairs = [(q, t) for q, group in zip(questions, groups, strict=True) for t in group]
-            flat = score_solutions(
+            chosen = score_solutions(
                 load_verifier(found["verifier"], suite.compute.device), tokenizer, pairs,
                 batch_size=suite.compute.batch_size, precision=precision,
             )  # fmt: skip
-            size = task.n_samples
-            chosen = [flat[i : i + size] for i in range(0, len(flat), size)]
-        graded = [
-            grade_samples(row["answer"], group, scores=scores)
-            for row, group, scores in zip(suite.problems, groups, chosen, strict=True)
-        ]
+        graded = []
+        for i, (row, group) in enumerate(zip(suite.problems, groups, strict=True)):
+            own = slice(i * task.n_samples, (i + 1) * task.n_samples)
+            best = None if chosen is None else chosen[own]
+            graded.append(grade_samples(row["answer"], group, scores=best, logprobs=likely[own]))
         key = f"{task.source.name}.{task.split}/T{task.temperature:g}"
         report = reasoning_report(graded, key=key, ns=list(_doubling(task.n_samples)))
         scores, missing = split_results([*report.scores, *report.not_evaluated])

@@ -30,7 +30,7 @@ from modern_llm.data.templates import answer_ids, prompts_ids, truncate_prompt
 from modern_llm.data.tokenizer import Tokenizer
 from modern_llm.errors import DataError
 from modern_llm.evaluation.answers import grade
-from modern_llm.evaluation.calibration import auroc_score, ece_score
+from modern_llm.evaluation.calibration import auroc_score, auroc_within_score, ece_score
 from modern_llm.evaluation.scores import Result, Score
 from modern_llm.models import ModernDecoderLM, VerifierModel
 from modern_llm.runtime.artifacts import sha256_json, write_text
@@ -276,6 +276,7 @@ class VerifierStage(TrainedStage):
         return [
             Score(key, "base_rate", float(np.mean(right)), None, len(right), "right samples"),
             auroc_score(scores, right, problems, key=key),
+            auroc_within_score(scores, right, problems, key=key),
             ece_score(scores, right, problems, key=key),
         ]
 

@@ -63,12 +63,13 @@ def stage_bars(evaluation: EvalRun) -> bytes | None:
 
 
 def best_of_n(reasoning: Reasoning) -> bytes | None:
-    """Right answers over samples a problem: pass@1, majority, verifier, oracle; 95 % bands."""
+    """Right answers over samples a problem, for each way to choose; 95 % bands."""
     if not reasoning.n or not (reasoning.curves or reasoning.pass1):
         return None
     looks = {
         "oracle": ("#777777", "^", ":", "oracle (any of n is right)"),
         "verifier": (COLOURS["verifier"], "o", "-", "verifier's best of n"),
+        "most_likely": (COLOURS["dpo"], "D", "-.", "most likely of n"),
         "majority": (COLOURS["pretrain"], "s", "--", "majority of n"),
     }
 
