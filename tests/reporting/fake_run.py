@@ -46,7 +46,8 @@ def metric_rows(stage: str, config_sha256: str) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = [
         {
             "kind": "start", "step": 0, "config_sha256": config_sha256, "git_commit": COMMIT,
-            "versions": VERSIONS, "seed": 0, "data": sha(f"data {stage}"), "resumed_from": None,
+            "versions": VERSIONS, "seed": 0, "data_fingerprint": sha(f"data {stage}"),
+            "resumed_from": None, "time": "2025-06-01T10:00:00+00:00",
             "unit": "pair" if stage == "dpo" else "token", "time_s": 0.0,
         },
         {"kind": "eval", "step": 0, "loss": curve(0), "time_s": 0.1},

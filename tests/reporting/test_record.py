@@ -126,7 +126,23 @@ def no_seed(run: Path) -> None:
 
 
 def no_data_hash_in_start(run: Path) -> None:
-    edit_rows(run, lambda rows: rows[0].pop("data"))
+    edit_rows(run, lambda rows: rows[0].pop("data_fingerprint"))
+
+
+def wrong_resume(run: Path) -> None:
+    edit_rows(run, lambda rows: rows[0].update(resumed_from="step-00000004"))
+
+
+def strange_kind(run: Path) -> None:
+    edit_rows(run, lambda rows: rows[2].update(kind="note"))
+
+
+def lost_loss(run: Path) -> None:
+    edit_rows(run, lambda rows: first(rows, "train").update(loss=None))
+
+
+def no_norm(run: Path) -> None:
+    edit_rows(run, lambda rows: first(rows, "train").pop("grad_norm"))
 
 
 def no_fingerprint(run: Path) -> None:
@@ -208,7 +224,11 @@ def other_model_evaluated(run: Path) -> None:
         (invalid_config, "is a config of this version"),
         (no_versions, "provenance is complete"),
         (no_seed, "start rows have seed"),
-        (no_data_hash_in_start, "start rows have the data's fingerprint"),
+        (no_data_hash_in_start, "start rows have data_fingerprint"),
+        (wrong_resume, "a restart begins at its checkpoint's step"),
+        (strange_kind, "rows are of known kinds"),
+        (lost_loss, "the loss is a number"),
+        (no_norm, "train rows are complete"),
         (no_fingerprint, "every source has a fingerprint"),
         (other_steps, "step equals the last stop row"),
         (other_tokens, "tokens equals the last stop row"),
@@ -236,13 +256,20 @@ def test_a_seeded_defect_is_found(fake: Path, defect: Callable[[Path], None], ru
     assert all(p.where and p.found for p in problems)
 
 
-def test_two_configs_over_restarts(fake: Path) -> None:
+@pytest.mark.parametrize(
+    ("field", "rule"),
+    [
+        ("config_sha256", "one config over all restarts"),
+        ("data_fingerprint", "one data set over all restarts"),
+    ],
+)
+def test_another_config_or_data_set_after_a_restart(fake: Path, field: str, rule: str) -> None:
     def second_start(rows: Rows) -> None:
-        rows.insert(20, {**rows[0], "step": 18, "config_sha256": "e" * 64})
+        rows.insert(20, {**rows[0], "step": 18, field: "e" * 64})
 
     edit_rows(fake, second_start)
 
-    assert "one config over all restarts" in {p.rule for p in check_run(fake)}
+    assert rule in {p.rule for p in check_run(fake)}
 
 
 def test_a_folder_that_is_no_run(tmp_path: Path) -> None:

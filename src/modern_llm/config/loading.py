@@ -81,7 +81,7 @@ def _read(path: Path) -> dict[str, Any]:
         if path.suffix == ".json":
             value = json.loads(text, object_pairs_hook=_once_each)
         else:
-            value = yaml.load(text, _StrictLoader)
+            value = _StrictLoader(text).get_single_data()
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot be read as {path.suffix[1:]}: {error}") from None
     except ConfigError as error:

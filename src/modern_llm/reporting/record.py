@@ -17,8 +17,10 @@ from modern_llm.reporting.results import read_run
 from modern_llm.reporting.values import Checkpoint, Run, StageRun
 from modern_llm.runtime.artifacts import sha256_file, sha256_json
 
+KINDS = ("start", "train", "eval", "save", "sample", "stop")
 ONCE = ("train", "eval", "sample")  # kinds with one row a step, also over restarts
-FINGERPRINTS = ("data_sha256", "data_fingerprint", "fingerprint", "data")
+START_FIELDS = ("config_sha256", "data_fingerprint", "seed", "time", "versions")
+TRAIN_FIELDS = ("lr", "grad_norm", "tokens", "units", "tokens_per_s", "mfu", "memory_gb")
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,8 @@ def _check_order(stage: StageRun) -> Iterator[Problem]:
         yield Problem(where, "holds rows", "it is missing or empty")
         return
     kinds = [str(row.get("kind")) for row in stage.metrics]
+    if strange := sorted({kind for kind in kinds if kind not in KINDS}):
+        yield Problem(where, "rows are of known kinds", ", ".join(strange))
     if kinds[0] != "start":
         yield Problem(where, "begins with a start row", f"begins with {kinds[0]}")
     for number, (kind, after) in enumerate(pairwise(kinds), 1):
@@ -103,6 +107,23 @@ def _check_order(stage: StageRun) -> Iterator[Problem]:
         back = next((b for a, b in pairwise(whole) if b < a), None)
         if back is not None:
             yield Problem(where, "steps rise", f"{kind} step {back} comes after a later one")
+    yield from _check_rows(stage, where)
+
+
+def _check_rows(stage: StageRun, where: str) -> Iterator[Problem]:
+    for row in stage.rows("start"):
+        name = row.get("resumed_from")
+        if name is not None and name != f"step-{row.get('step', -1):08d}":
+            told = f"step {row.get('step')}, resumed from {name}"
+            yield Problem(where, "a restart begins at its checkpoint's step", told)
+    for row in (*stage.rows("train"), *stage.rows("eval")):
+        if _number(row, "loss") is None:
+            told = f"{row['kind']} step {row.get('step')}"
+            yield Problem(where, "the loss is a number", told)
+    for row in stage.rows("train"):
+        if missing := [name for name in TRAIN_FIELDS if name not in row]:
+            told = f"step {row.get('step')} is without {', '.join(missing)}"
+            yield Problem(where, "train rows are complete", told)
     tokens = [n for row in stage.rows("train") if (n := _number(row, "tokens")) is not None]
     if any(b < a for a, b in pairwise(tokens)):
         yield Problem(where, "tokens never fall", "the cumulative count goes down")
@@ -112,11 +133,11 @@ def _check_provenance(stage: StageRun, config: PipelineConfig | None) -> Iterato
     where = f"{stage.name}/metrics.jsonl"
     starts = stage.rows("start")
     for row in starts:
-        for name in ("config_sha256", "versions", "seed"):
+        for name in START_FIELDS:
             if row.get(name) in (None, "", {}):
                 yield Problem(where, f"start rows have {name}", "one has none")
-        if not any(row.get(name) for name in FINGERPRINTS):
-            yield Problem(where, "start rows have the data's fingerprint", "one has none")
+    if len({row.get("data_fingerprint") for row in starts}) > 1:
+        yield Problem(where, "one data set over all restarts", "start rows have several")
     hashes = {str(row["config_sha256"]) for row in starts if row.get("config_sha256")}
     if len(hashes) > 1:
         told = ", ".join(sorted(h[:12] for h in hashes))

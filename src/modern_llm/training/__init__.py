@@ -18,7 +18,6 @@ from modern_llm.training.objectives import (
 from modern_llm.training.optim import OPTIMIZERS, Optimizers, build_optimizers
 from modern_llm.training.records import FirstLoss, FitResult
 from modern_llm.training.retention import best_checkpoint, list_checkpoints, newest_good, prune
-from modern_llm.training.run_record import check_run_record
 from modern_llm.training.schedule import SCHEDULES, Schedule
 from modern_llm.training.trainer import Trainer
 from modern_llm.training.validation import mean_loss
@@ -37,7 +36,6 @@ __all__ = [
     "Trainer",
     "best_checkpoint",
     "build_optimizers",
-    "check_run_record",
     "list_checkpoints",
     "load_model_weights",
     "mean_loss",

@@ -1,0 +1,51 @@
+import json
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from modern_llm.runtime.artifacts import JsonLines
+from modern_llm.training import progress
+from modern_llm.training.progress import RunLog, describe
+
+TRAIN: dict[str, Any] = {
+    "step": 7, "loss": 1.5, "lr": 1e-3, "grad_norm": 0.5, "tokens": 99, "units": 9,
+    "tokens_per_s": 1234.5, "mfu": None, "memory_gb": 0.25,
+}  # fmt: skip
+
+
+def test_one_line_says_how_it_goes() -> None:
+    line = describe({**TRAIN, "mfu": None})
+    assert line == "loss 1.5000  lr 1.00e-03  1,234 tok/s  MFU n/a  0.25 GB"
+    assert "MFU 41.5%" in describe({**TRAIN, "mfu": 0.415})
+
+
+def test_a_terminal_gets_a_bar_and_a_file_gets_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, logger="modern_llm"):
+        with RunLog(JsonLines(tmp_path / "a.jsonl"), title="sft", total_steps=10) as told:
+            told.train(TRAIN, eta_s=3725.4)
+        assert "sft 7/10  loss 1.5000" in caplog.text
+        assert "ETA 1:02:05" in caplog.text
+        caplog.clear()
+
+        terminal = Console(force_terminal=True, width=140, file=(tmp_path / "screen").open("w"))
+        monkeypatch.setattr(progress, "console", terminal)
+        with RunLog(JsonLines(tmp_path / "b.jsonl"), title="sft", total_steps=10) as told:
+            told.train(TRAIN, eta_s=3.0)
+        assert "sft 7/10" not in caplog.text
+    terminal.file.close()
+    screen = (tmp_path / "screen").read_text()
+    assert "7/10" in screen
+    assert "loss 1.5000" in screen
+    assert (tmp_path / "a.jsonl").read_text() == (tmp_path / "b.jsonl").read_text()
+
+
+def test_a_loss_that_is_no_number_is_null_in_the_file(tmp_path: Path) -> None:
+    rows = JsonLines(tmp_path / "m.jsonl")
+    RunLog(rows, title="sft", total_steps=1).evaluation({"step": 0, "loss": math.nan})
+    assert json.loads((tmp_path / "m.jsonl").read_text())["loss"] is None
