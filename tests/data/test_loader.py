@@ -271,10 +271,10 @@ def test_replay_share(stores: Stores) -> None:
 # ---- buckets
 
 
-def test_buckets_hold_like_lengths(stores: Stores) -> None:
+def test_micro_batches_hold_like_lengths_and_steps_all_of_them(stores: Stores) -> None:
     rng = np.random.default_rng(0)
     store = stores.pairs(rng.integers(1, 60, 640).tolist())
-    options = {"batch_size": 16, "micro_batch_size": 16, "seed": 0, "collate": collate_pairs}
+    options = {"batch_size": 16, "micro_batch_size": 2, "seed": 0, "collate": collate_pairs}
     loader = BucketLoader(store, **options)
     assert loader.steps_per_epoch == 40
     epochs = [
@@ -283,10 +283,13 @@ def test_buckets_hold_like_lengths(stores: Stores) -> None:
     assert all(sorted(rows.tolist()) == list(range(640)) for rows in epochs)
     assert epochs[0].tolist() != epochs[1].tolist()
     lengths = loader.lengths
-    spread = [np.ptp(lengths[loader.rows(step)]) for step in range(40)]
-    assert np.mean(spread) < 0.2 * np.ptp(lengths)
+    spread = [np.ptp(lengths[b.index_B]) for step in range(40) for b in loader.batches(step)]
+    assert np.mean(spread) < 0.1 * np.ptp(lengths)
+    means = [lengths[loader.rows(step)].mean() for step in range(40)]
+    fair = lengths.std() / np.sqrt(16)  # of the mean of a random draw
+    assert 0.7 * fair < np.std(means) < 1.3 * fair
     batch = loader.batches(0)[0]
-    assert sorted(batch.index_B.tolist()) == sorted(loader.rows(0).tolist())
+    assert batch.index_B.tolist() == loader.rows(0)[:2].tolist()
     whole = [i for b in validation_batches(loader) for i in b.index_B.tolist()]
     assert sorted(whole) == list(range(640))
     assert (np.diff(lengths[whole]) >= 0).all()

@@ -6,7 +6,6 @@ resumed run goes on where it stopped without anything to save.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
 from typing import Generic, Protocol, TypeVar, overload
 
 import numpy as np
@@ -22,7 +21,6 @@ from modern_llm.runtime.devices import Ranks
 from modern_llm.runtime.seeding import derive_seed
 
 PATTERN_SLOTS = 1000  # a mixture is exact over this many rows
-WINDOW_BATCHES = 16  # batches whose examples are sorted by length together
 
 B = TypeVar("B", bound=Batch)
 
@@ -266,7 +264,11 @@ class PackedLoader(_MixtureLoader):
 
 
 class BucketLoader(_StepLoader[B]):
-    """Examples of like length side by side, in an order that is new every epoch.
+    """Examples in random order; those of one step are dealt to micro-batches by length.
+
+    So padding is small where a step has several micro-batches, and a step is still a fair draw.
+    Steps of like length would be steps of like label where the two go together, as they do in
+    preference pairs and in graded solutions.
 
     Args:
         store: any store whose records ``collate`` understands.
@@ -275,8 +277,6 @@ class BucketLoader(_StepLoader[B]):
         seed: decides the order.
         ranks: this process among all.
         collate: makes a batch of record numbers, such as `collate_pairs`.
-        window_batches: batches whose records are sorted by length together. 1: records come in
-            random order, for a stage whose labels go with the length.
 
     Raises:
         ConfigError: the batch does not divide.
@@ -291,43 +291,21 @@ class BucketLoader(_StepLoader[B]):
         seed: int,
         collate: Callable[[TokenStore, Ints], B],
         ranks: Ranks = Ranks(),  # noqa: B008 - frozen
-        window_batches: int = WINDOW_BATCHES,
     ) -> None:
         super().__init__(batch_size, micro_batch_size, ranks)
         self.store, self.seed, self.collate = store, seed, collate
-        self.window = batch_size * window_batches
         self.lengths = np.asarray(store.offsets[:, -1] - store.offsets[:, 0])
         self.steps_per_epoch = -(-len(store) // batch_size)
-        self.fingerprint = sha256_json(
-            ["bucket", store.fingerprint, batch_size, seed, window_batches]
-        )
-        self._epoch = lru_cache(maxsize=2)(self._epoch_rows)
+        self.fingerprint = sha256_json(["bucket", store.fingerprint, batch_size, seed])
 
     def one_pass(self) -> Batches[B]:
         """Every record once, the shortest first."""
         return self._fixed_pass(np.argsort(self.lengths, kind="stable"))
 
-    def _epoch_rows(self, epoch: int) -> Ints:
-        """Order of one epoch: sorted by length inside windows, batches of a window shuffled."""
-        n, window = len(self.store), self.window
-        rows = permuted(np.arange(n), n, derive_seed("bucket", self.seed, epoch))
-        order = []
-        for w, start in enumerate(range(0, n, window)):
-            part = rows[start : start + window]
-            part = part[np.argsort(self.lengths[part], kind="stable")]
-            groups = np.split(part, range(self.batch_size, len(part), self.batch_size))
-            places = np.arange(len(groups))
-            shuffled = permuted(places, len(groups), derive_seed("window", self.seed, epoch, w))
-            order += [groups[g] for g in shuffled]
-        return np.concatenate(order)
-
     def _rows_of(self, slots: Ints) -> Ints:
         n = len(self.store)
-        rows = np.empty_like(slots)
-        for epoch in np.unique(slots // n):
-            here = slots // n == epoch
-            rows[here] = self._epoch(int(epoch))[slots[here] % n]
-        return rows
+        rows = epoch_order(slots, n, self.seed)
+        return rows[np.lexsort((self.lengths[rows], slots // n))]  # epoch by epoch
 
     def _make(self, rows: Ints) -> B:
         return self.collate(self.store, rows)

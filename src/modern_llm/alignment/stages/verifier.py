@@ -203,7 +203,6 @@ class VerifierStage(TrainedStage):
             store,
             batch_size=training.batch_size, micro_batch_size=training.micro_batch_size,
             seed=training.seed, collate=collate_answers,
-            window_batches=1,  # right answers are short: sorted, a batch would be of one label
         )  # fmt: skip
 
     def loader(self) -> BucketLoader[AnswerBatch]:
