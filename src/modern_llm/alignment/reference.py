@@ -13,7 +13,7 @@ from modern_llm.data.collate import PairBatch, collate_pairs
 from modern_llm.data.store import TokenStore
 from modern_llm.runtime.artifacts import sha256_json, write_bytes
 from modern_llm.runtime.devices import autocast
-from modern_llm.runtime.logs import get_logger
+from modern_llm.runtime.logs import counted, get_logger
 
 log = get_logger(__name__)
 
@@ -52,7 +52,8 @@ def reference_logprobs(
     order = np.argsort(store.offsets[:, -1] - store.offsets[:, 0], kind="stable")
     values = np.empty((len(store), 2), dtype=np.float32)
     with torch.inference_mode(), autocast(device, precision):
-        for start in range(0, len(order), batch_size):
+        starts = range(0, len(order), batch_size)
+        for start in counted(starts, "reference log-probabilities, batches", len(starts)):
             rows = order[start : start + batch_size]
             batch = collate_pairs(store, rows).to(device)
             values[rows] = logprobs(reference, batch).cpu().numpy()

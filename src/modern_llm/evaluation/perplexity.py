@@ -19,6 +19,7 @@ from modern_llm.evaluation.intervals import Floats, bootstrap
 from modern_llm.evaluation.likelihood import Compute, Span, TextTokenizer, span_nats
 from modern_llm.evaluation.scores import Interval, Score
 from modern_llm.evaluation.wikitext import count_words
+from modern_llm.runtime.logs import counted
 
 UNKNOWN_WORD = "<unk>"
 
@@ -150,7 +151,8 @@ def tally_texts(
                 pending.append((len(documents) - 1, span.n_scored))
                 yield span
 
-    for nats in span_nats(model, spans(), compute or Compute()):
+    scored = span_nats(model, spans(), compute or Compute())
+    for nats in counted(scored, f"{result.key}, windows"):
         at, n_scored = pending.popleft()
         documents[at].nats += nats
         documents[at].tokens += n_scored

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from modern_llm.errors import ConfigError
 from modern_llm.models.decoder import Cache, ModernDecoderLM
+from modern_llm.runtime.logs import counted
 
 DEFAULT_BATCH_SIZE = 128  # rows; more only costs memory on a CPU
 DROP_SHARE = 0.25  # finished rows leave the batch when they are this share of it
@@ -125,7 +126,7 @@ def generate(
     was_training = model.training
     model.eval()
     try:
-        for rows, streaming in batches:
+        for rows, streaming in counted(batches, "sampling, batches", len(batches)):
             uniform_BT = _uniforms([seeds[i] for i in rows], max_new_tokens, model)
             group = [prompts[i] for i in rows]
             done = _complete(model, group, sampling, uniform_BT, eos_id, streaming)

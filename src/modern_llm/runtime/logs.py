@@ -1,8 +1,15 @@
 """One console and one logger for the package; results go to standard output, the rest here."""
 
 import logging
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 from rich.console import Console
+from rich.progress import track
+
+LINE_SECONDS = 30.0  # between two lines of progress where there is no terminal
+T = TypeVar("T")
 
 console = Console(stderr=True, highlight=False)
 
@@ -25,3 +32,24 @@ def get_logger(name: str) -> logging.Logger:
         root.addHandler(handler)
         root.setLevel(logging.INFO)
     return root.getChild(name.removeprefix("modern_llm."))
+
+
+def counted(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
+    """Yield ``items`` and tell how far they are: a bar on a terminal, else a line now and then.
+
+    Args:
+        items: of a loop that may take long.
+        what: named on the console.
+        total: how many there are, where that is known; a single one is not counted.
+    """
+    if total == 1:
+        yield from items
+    elif console.is_terminal:
+        yield from track(items, what, total, console=console, transient=True)
+    else:
+        log, told = get_logger(__name__), time.monotonic()
+        for done, item in enumerate(items, 1):
+            yield item
+            if time.monotonic() - told >= LINE_SECONDS:
+                told = time.monotonic()
+                log.info("%s: %s", what, f"{done:,}" if total is None else f"{done:,} of {total:,}")

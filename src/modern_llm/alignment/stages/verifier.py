@@ -35,7 +35,7 @@ from modern_llm.evaluation.scores import Result, Score
 from modern_llm.models import ModernDecoderLM, VerifierModel
 from modern_llm.runtime.artifacts import sha256_json, write_text
 from modern_llm.runtime.devices import autocast
-from modern_llm.runtime.logs import get_logger
+from modern_llm.runtime.logs import counted, get_logger
 from modern_llm.runtime.seeding import derive_seed
 from modern_llm.training.checkpoint import Checkpoint, load_model_weights
 from modern_llm.training.handover import model_config
@@ -305,7 +305,8 @@ def score_solutions(
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     scores = [0.0] * len(rows)
     with torch.inference_mode(), autocast(device, precision):
-        for start in range(0, len(order), batch_size):
+        starts = range(0, len(order), batch_size)
+        for start in counted(starts, "scoring solutions, batches", len(starts)):
             chunk = order[start : start + batch_size]
             tokens_BT = pad_sequence([rows[i] for i in chunk], batch_first=True)
             answer_BT = pad_sequence([answers[i] for i in chunk], batch_first=True)
