@@ -69,7 +69,7 @@ class DPOStage(TrainedStage):
         )  # fmt: skip
 
     def loader(self) -> BucketLoader[PairBatch]:
-        """Pairs of like length side by side."""
+        """Pairs in random order."""
         return self._loader(self.store)
 
     def validation(self) -> Sequence[PairBatch]:
