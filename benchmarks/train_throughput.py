@@ -90,6 +90,11 @@ def write_tokens(config: PipelineConfig, path: Path) -> None:
 
 def sizes_of(config: PipelineConfig, args: argparse.Namespace, tokens: Path) -> Sizes:
     model, training = config.model, config.pretrain.training
+    if training.optimizer.name != "adamw" or training.eval_every:
+        raise SystemExit(
+            f"{args.config}: the peers train with AdamW and without validation; set "
+            "pretrain.training.optimizer=adamw and pretrain.training.eval_every=0"
+        )
     return Sizes(
         config=str(args.config),
         tokens=str(tokens),
