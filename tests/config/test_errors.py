@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from modern_llm.config import ModelConfig, load_config
+from modern_llm.config import ModelConfig, PipelineConfig, load_config
 from modern_llm.errors import ConfigError
 
 Told = Callable[..., list[str]]
@@ -113,10 +113,21 @@ def test_windows_and_sinks_belong_together() -> None:
     for wrong in ({"window": 4}, {"n_sinks": 2}):
         assert "window and n_sinks need attention=window" in problems(**wrong)
     assert ModelConfig(**SIZES, attention="window", window=4, n_sinks=2).n_sinks == 2
+    told = problems(attention="window", window=13, n_sinks=4)
+    assert "window + n_sinks = 17 exceeds max_seq_len=16" in told
+    assert ModelConfig(**SIZES, attention="window", window=12, n_sinks=4).window == 12
 
 
 def test_experts() -> None:
     assert "top_k=3 exceeds n_experts=2" in problems(moe={"n_experts": 2, "top_k": 3})
+    told = problems(moe={"n_experts": 2, "every": 2})
+    assert "moe.every=2 exceeds n_layers=1: no layer has experts" in told
+
+
+def test_a_gated_feed_forward_has_its_own_activation() -> None:
+    told = problems(activation="relu")
+    assert "activation=relu has no effect with ffn=swiglu, which has its own" in told
+    assert ModelConfig(**SIZES, ffn="standard", activation="relu").activation == "relu"
 
 
 def test_widths_follow_the_feed_forward() -> None:
@@ -182,7 +193,7 @@ def test_a_weight_that_does_nothing_is_refused(path: Path, told: Told) -> None:
     ("override", "rule"),
     [
         ("dpo.loss=hinge", "dpo.loss='hinge': Input should be 'sigmoid' or 'ipo'"),
-        ("tokenizer.name=file", "path belongs to the tokenizer 'file', which needs it"),
+        ('tokenizer={"name": "file"}', "path belongs to the tokenizer 'file', which needs it"),
         ("tokenizer.path=x.json", "path belongs to the tokenizer 'file', which needs it"),
         ("tokenizer.name=sentencepiece", "Input should be 'bpe', 'char', 'gpt2' or 'file'"),
         ("data.replay=1", "data.replay=1: Input should be less than 1"),
@@ -200,6 +211,47 @@ def test_rules_of_single_fields(told: Told, override: str, rule: str) -> None:
     lines = told(override)
     assert len(lines) == 1
     assert rule in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "rule"),
+    [
+        (
+            ['tokenizer={"name": "gpt2", "max_train_mb": 5}'],
+            "tokenizer: max_train_mb=5 has no effect with the tokenizer 'gpt2', which is not "
+            "trained here; leave it at 100",
+        ),
+        (
+            ["training.schedule=constant", "training.min_lr_ratio=0.2"],
+            "training: min_lr_ratio=0.2 has no effect with schedule=constant; leave it out, or set "
+            "it to 1",
+        ),
+        (
+            ["training.warmup=1.0"],
+            "training.warmup: warmup=1.0 is a share of the steps, which must be below 1; write a "
+            "number of steps without a point",
+        ),
+    ],
+)
+def test_what_would_do_nothing_or_something_else(
+    told: Told, overrides: list[str], rule: str
+) -> None:
+    assert told(*overrides) == [rule]
+
+
+def test_a_constant_rate_has_no_floor(path: Path) -> None:
+    for ratio in ([], ["training.min_lr_ratio=1"]):
+        config = load_config(path, ["training.schedule=constant", "training.warmup=3", *ratio])
+        assert config.sft.training.warmup == 3
+        assert PipelineConfig.model_validate_json(str(config)) == config
+
+
+def test_a_mixture_is_checked_before_anything_is_built(told: Told) -> None:
+    two = ['pretrain.data=[{"name": "synthetic", "weight": 1}, "synthetic"]']
+    [line] = told(*two)
+    assert line.startswith("pretrain: weights sum to 1 and leave nothing to the sources without")
+    [line] = told(*two, "pretrain.data.0.weight=0.0001")
+    assert line.startswith("pretrain: weight=0.0001 is a share of 0.0001, below 0.001")
 
 
 def test_ipo_has_no_label_smoothing(told: Told) -> None:

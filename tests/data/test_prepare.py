@@ -86,6 +86,20 @@ def test_instruct_truncation(tokenizer: Tokenizer, data: DataConfig, max_tokens:
         assert answer[-1] == tokenizer.eos_id
 
 
+@pytest.mark.parametrize("room", [3, 4, 20])
+def test_answers_are_kept_where_a_token_of_the_prompt_fits(
+    tokenizer: Tokenizer, data: DataConfig, room: int
+) -> None:
+    rows = [{"prompt": "x", "answer": "y"}, {"prompt": "one two three " * 30, "answer": "six " * 9}]
+    max_tokens = len(answer_ids(tokenizer, rows[1]["answer"])) + room
+    store = instruct_store(
+        [Fixed("instruct", rows)], "train", tokenizer, data, max_tokens=max_tokens
+    )
+    assert store.counts.dropped == ({"answer too long": 1} if room == 3 else {})
+    if room > 3:
+        assert len(store.record(1)[0]) == room
+
+
 def test_excluded_prompts_are_dropped(tokenizer: Tokenizer, data: DataConfig) -> None:
     held_out = Fixed("problems", [{"question": "a?", "answer": "1"}])
     rows = [{"prompt": "a? ", "answer": "x"}, {"prompt": "b?", "answer": "y"}]
@@ -140,6 +154,18 @@ def test_malformed_rows_are_counted_then_refused(tokenizer: Tokenizer, data: Dat
     assert store.sources[0]["dropped"] == {"malformed": 2}
     with pytest.raises(DataError, match=r"here:1: no field; 3 malformed rows.*max_bad_rows=2"):
         text_store([Fixed("text", [None, good, None, None])], "train", tokenizer, data)
+
+
+def test_a_lower_limit_of_malformed_rows_holds_for_a_store_that_stands(
+    tokenizer: Tokenizer, data: DataConfig
+) -> None:
+    sources = [Fixed("text", [{"text": "good"}]), Fixed("text", [None, {"text": "fine"}, None])]
+    first = text_store(sources, "train", tokenizer, data)
+    assert text_store(sources, "train", tokenizer, data).folder == first.folder
+    strict = data.model_copy(update={"max_bad_rows": 1})
+    told = r"fixed, train split: 2 malformed rows are more than data.max_bad_rows=1"
+    with pytest.raises(DataError, match=told):
+        text_store(sources, "train", tokenizer, strict)
 
 
 def test_wrong_kind_is_refused(tokenizer: Tokenizer, data: DataConfig) -> None:

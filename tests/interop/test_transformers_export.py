@@ -145,7 +145,7 @@ def test_tokenizer_and_chat_template(save: Any, tmp_path: Path, tokenizer: Token
         (LLAMA, {"norm": "layernorm"}, "model.norm=layernorm (needs rmsnorm)"),
         (LLAMA, {"position": "none"}, "model.position=none (needs rope)"),
         (GPT2, {"n_kv_heads": 2}, "model.n_kv_heads=2 (needs n_heads=4)"),
-        (GPT2, {"ffn": "swiglu"}, "model.ffn=swiglu (needs standard)"),
+        (GPT2, {"ffn": "swiglu", "activation": "gelu"}, "model.ffn=swiglu (needs standard)"),
     ],
 )
 def test_what_stands_in_the_way_is_named(

@@ -52,6 +52,16 @@ def test_standard_is_its_formula() -> None:
     torch.testing.assert_close(ffn(x), h @ ffn.down.weight.T + ffn.down.bias, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", sorted(FFNS))
+def test_a_default_width_gives_every_feed_forward_the_same_size(name: str) -> None:
+    sizes = dict(vocab_size=11, d_model=96, n_layers=1, n_heads=2, max_seq_len=16)
+    settings = ModelConfig(**sizes, ffn=name)
+    ffn = FFNS.build(name, Dims.of(settings), settings.activation)
+    n_parameters = sum(parameter.numel() for parameter in ffn.parameters())
+    told = f"is {name} gated? then it belongs into GATED_FFNS of modern_llm/config/model.py"
+    assert n_parameters == pytest.approx(8 * 96**2, rel=0.02), told
+
+
 @pytest.mark.parametrize("ffn", sorted(FFNS))
 def test_mixture_is_the_gated_sum_of_its_experts(ffn: str) -> None:
     """Against each expert as a dense feed-forward, one token at a time, in float64."""

@@ -15,7 +15,7 @@ from pydantic import (
 
 from modern_llm.config.data import DataConfig, TokenizerConfig
 from modern_llm.config.model import ModelConfig
-from modern_llm.config.schema import Schema, SourceConfig, count_of
+from modern_llm.config.schema import Schema, SourceConfig, count_of, given_shares
 from modern_llm.config.training import TrainingConfig
 from modern_llm.runtime.artifacts import sha256_json, to_json
 
@@ -34,6 +34,11 @@ class StageConfig(Schema):
 
 class PretrainConfig(StageConfig):
     """Next-token prediction on packed text."""
+
+    @model_validator(mode="after")
+    def _check_mixture(self) -> Self:
+        given_shares([source.weight for source in self.data])
+        return self
 
 
 class SFTConfig(StageConfig):

@@ -8,10 +8,13 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    field_validator,
     model_validator,
 )
 
 from modern_llm.config.schema import Component, Schema
+
+DEFAULT_MIN_LR_RATIO = 0.1
 
 
 class TrainingConfig(Schema):
@@ -23,7 +26,7 @@ class TrainingConfig(Schema):
     seq_len: PositiveInt  # tokens of a row; default: model.max_seq_len
     optimizer: Component = Component("adamw")
     lr: PositiveFloat = 3e-4
-    min_lr_ratio: float = Field(0.1, ge=0, le=1)  # last learning rate / lr
+    min_lr_ratio: float = Field(DEFAULT_MIN_LR_RATIO, ge=0, le=1)  # last learning rate / lr
     schedule: Component = Component("cosine")
     warmup: NonNegativeInt | Annotated[float, Field(ge=0, lt=1)] = 0.02  # steps, or a share
     weight_decay: NonNegativeFloat = 0.1  # on matrices only
@@ -58,5 +61,25 @@ class TrainingConfig(Schema):
             raise ValueError(
                 f"micro_batch_size={self.micro_batch_size} must divide "
                 f"batch_size={self.batch_size}: use one of {fits[-6:]}"
+            )
+        return self
+
+    @field_validator("warmup", mode="before")
+    @classmethod
+    def _check_share(cls, value: Any) -> Any:
+        if isinstance(value, float) and value >= 1:  # else it would be taken as steps
+            raise ValueError(
+                f"warmup={value} is a share of the steps, which must be below 1; write a number of "
+                "steps without a point"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _check_floor(self) -> Self:
+        unused = self.min_lr_ratio not in (DEFAULT_MIN_LR_RATIO, 1.0)  # 1: what constant does
+        if self.schedule.name == "constant" and unused:
+            raise ValueError(
+                f"min_lr_ratio={self.min_lr_ratio} has no effect with schedule=constant; "
+                "leave it out, or set it to 1"
             )
         return self

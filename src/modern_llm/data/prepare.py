@@ -9,6 +9,7 @@ from modern_llm.config import DataConfig
 from modern_llm.data.sources.base import RowCounts, Source
 from modern_llm.data.store import Record, TokenStore, build_store
 from modern_llm.data.templates import (
+    N_MARKERS,
     TEMPLATE_HASH,
     Prompt,
     prompt_text,
@@ -21,6 +22,7 @@ from modern_llm.runtime.artifacts import sha256_json
 
 T = TypeVar("T")
 Row = dict[str, Any]
+FORMAT = 2  # raised when the same rows give other records
 BATCH_ROWS, BATCH_CHARS = 256, 1 << 20  # encoded in one call of the tokenizer
 
 Encode = Callable[[list[Row]], Iterator["Record | str"]]  # a record, or the reason to drop the row
@@ -69,7 +71,8 @@ def instruct_store(
     """Prompts with answers for SFT: segments "prompt" and "answer" (with ``<|eos|>``).
 
     A prompt is cut from its start to make room for the answer; an answer that does not fit beside
-    the prompt's markers is dropped, never cut, so that each answer ends with its ``<|eos|>``.
+    the prompt's markers and one token of it is dropped, never cut, so that each answer ends with
+    its ``<|eos|>``.
 
     Args:
         sources: of kind "instruct" or "problems" (question and worked answer).
@@ -93,7 +96,7 @@ def instruct_store(
             room = max_tokens - len(answer)
             if len(prompt) <= room:
                 yield prompt, answer
-            elif room >= min(len(prompt), max_tokens // 2):
+            elif room > N_MARKERS:
                 yield truncate_prompt(prompt, room), answer
             else:
                 yield "answer too long"
@@ -263,6 +266,7 @@ class _Job:
         prints = [source.fingerprint(self.split) for source in self.sources]
         key = {
             "what": f"{self.what}, split {self.split}",
+            "records": FORMAT,
             "sources": prints,
             "tokenizer": self.tokenizer.sha256,
             "template": TEMPLATE_HASH,
@@ -270,7 +274,7 @@ class _Job:
             "exclude": sha256_json(sorted(self.exclude)),
             **options,
         }
-        return build_store(
+        store = build_store(
             self.data.cache_dir,
             segments=self.segments,
             key=key,
@@ -280,6 +284,10 @@ class _Job:
             counts=self.total,
             sources=self.summaries,
         )
+        for source in store.sources:  # it may have been built under a higher limit
+            counts = RowCounts(source["rows"], source["dropped"], self.data.max_bad_rows)
+            counts.check(f"{source['source']}, {self.split} split: ")
+        return store
 
     def _records(self, encode: Encode, prints: list[str]) -> Iterator[Record]:
         for source, fingerprint in zip(self.sources, prints, strict=True):

@@ -255,18 +255,12 @@ class ModernDecoderLM(WeightsMixin):
         """An empty cache for a stream of any length, of any number of rows.
 
         Raises:
-            ConfigError: the model has no window, its positions are absolute, or sinks and window
-                exceed ``max_seq_len``.
+            ConfigError: the model has no window, or its positions are absolute.
         """
         if self.window is None or not self.position.relative:
             raise ConfigError(
                 f"text beyond max_seq_len={self.config.max_seq_len} needs attention=window and a "
                 f"relative position encoding, not '{self.config.position.name}'"
-            )
-        held = self.window.size + self.window.n_sinks
-        if held > self.config.max_seq_len:
-            raise ConfigError(
-                f"window + n_sinks = {held} exceeds max_seq_len={self.config.max_seq_len}"
             )
         return StreamingCache(self.window.size, self.window.n_sinks)
 
