@@ -157,6 +157,18 @@ def test_a_manifest_cannot_name_files_elsewhere(folder: Path) -> None:
         verify_checkpoint(folder)
 
 
+def test_a_state_that_was_added_is_refused(folder: Path) -> None:
+    state = (folder / "trainer.pt").read_bytes()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["files"]["trainer.pt"]
+    (folder / "trainer.pt").unlink()
+    (folder / "manifest.json").write_text(to_json(manifest))
+    verify_checkpoint(folder)
+    (folder / "trainer.pt").write_bytes(state)
+    with pytest.raises(CheckpointError, match=r"trainer.pt was added: it is not in the manifest"):
+        read_checkpoint(folder)
+
+
 def test_a_newer_format_is_refused_with_the_way_out(folder: Path) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(to_json({**manifest, "format": FORMAT + 1}))

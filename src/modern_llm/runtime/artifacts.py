@@ -288,10 +288,14 @@ class JsonLines:
         if row.get("kind") in ("train", "eval", "sample") and "step" in row:
             self._last_step[row["kind"]] = int(row["step"])
 
+    def has(self, kind: str, step: int) -> bool:
+        """Whether a row of this kind and step, or of a later one, is there."""
+        return step <= self._last_step.get(kind, -1)
+
     def append(self, row: dict[str, Any]) -> bool:
         """Append one row; returns whether it was written (see the class docstring)."""
         kind, step = str(row.get("kind")), row.get("step")
-        if step is not None and step <= self._last_step.get(kind, -1):
+        if step is not None and self.has(kind, step):
             return False
         line = json.dumps(_finite(row), allow_nan=False) + "\n"
         with _io_told(self.path):
