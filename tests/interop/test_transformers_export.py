@@ -204,6 +204,12 @@ def test_a_wrong_export_is_never_published(
     with pytest.raises(CheckpointError, match="other ids"):
         export_transformers(checkpoint, tmp_path / "export")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint"]
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "mine.txt").write_text("keep")
+    with pytest.raises(CheckpointError, match="other ids"):
+        export_transformers(checkpoint, tmp_path / "export", on_exists="replace")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "export"]
+    assert (tmp_path / "export" / "mine.txt").read_text() == "keep"
 
 
 def test_a_damaged_checkpoint_and_a_verifier_are_refused(
