@@ -84,6 +84,8 @@ def stage_command(stage: str, config: Path, tiny_run: Any) -> list[str]:
         ("model.ffn=swigluu", "unknown feed-forward 'swigluu'; did you mean 'swiglu'?"),
         ("model.position=roped", "unknown position encoding 'roped'; did you mean 'rope'?"),
         ("training.optimizer=adam_w", "unknown optimizer 'adam_w'; did you mean 'adamw'?"),
+        ("training.betas=[0.9,1.0]", "training.betas.1=1.0: Input should be less than 1"),
+        ('training.optimizer={"name":"muon","lr_ratio":-1}', "lr_ratio=-1 must be positive"),
         ("training.schedule=cosin", "unknown schedule 'cosin'; did you mean 'cosine'?"),
         ("sft.data.0=alpacca", "unknown data source 'alpacca'; did you mean 'alpaca'?"),
         ("model.position.thta=1", "unknown option 'thta'; did you mean 'theta'?"),

@@ -13,6 +13,8 @@ from pydantic import (
 
 from modern_llm.config.schema import Component, Schema
 
+Decay = Annotated[float, Field(ge=0, lt=1)]  # of a running mean
+
 
 class TrainingConfig(Schema):
     """Optimizer steps of one stage. A row is one packed sequence, one pair, or one answer."""
@@ -23,11 +25,11 @@ class TrainingConfig(Schema):
     seq_len: PositiveInt  # tokens of a row; default: model.max_seq_len
     optimizer: Component = Component("adamw")
     lr: PositiveFloat = 3e-4
-    min_lr_ratio: float = Field(0.1, ge=0, le=1)  # last learning rate / lr
+    min_lr_ratio: float = Field(0.1, ge=0, le=1)  # learning rate / lr when the last step is done
     schedule: Component = Component("cosine")
     warmup: NonNegativeInt | Annotated[float, Field(ge=0, lt=1)] = 0.02  # steps, or a share
     weight_decay: NonNegativeFloat = 0.1  # on matrices only
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
     max_grad_norm: PositiveFloat = 1.0
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"  # auto: what the device is fast in
@@ -42,7 +44,7 @@ class TrainingConfig(Schema):
     eval_every: NonNegativeInt = 0  # steps; 0: at the start and the end only
     save_every: NonNegativeInt = 0  # steps; 0: at the end only
     sample_every: NonNegativeInt = 0  # steps; 0: never
-    keep_last: PositiveInt = 2  # checkpoints kept beside the best one
+    keep_last: PositiveInt = 2  # checkpoints kept beside the best of those saved
 
     @model_validator(mode="before")
     @classmethod

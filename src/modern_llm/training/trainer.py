@@ -148,7 +148,7 @@ class Trainer:
         return {
             "progress": asdict(self.progress),
             "update": self.update.state_dict(),
-            "rng": rng_state(),
+            "rng": rng_state(self.device),
             "fingerprint": self.loader.fingerprint,
             "training": self.config.model_dump(mode="json"),
         }
@@ -173,7 +173,7 @@ class Trainer:
             log.warning("going on with another config: training.%s", ", training.".join(changed))
         self.progress = Progress(**state["progress"])
         self.update.load_state_dict(state["update"])
-        set_rng_state(state["rng"])
+        set_rng_state(state["rng"], self.device)
 
     def _restore(self) -> None:
         """Start fresh, or go on from the newest good checkpoint."""
@@ -312,7 +312,7 @@ class Trainer:
         self, call: Callable[[nn.Module], Mapping[str, Any]], stop: StopSignal
     ) -> Mapping[str, Any] | None:
         """Call with the model in eval mode, unless a stop comes; mode and random state stay."""
-        training, state = self.model.training, rng_state()
+        training, state = self.model.training, rng_state(self.device)
         # A compiled model runs what is compiled already, and compiles nothing for a hook.
         stance = torch.compiler.set_stance("eager_on_recompile") if self.config.compile else None
         self.model.eval()
@@ -321,7 +321,7 @@ class Trainer:
                 return stop.unless(lambda: call(self.model))
         finally:
             self.model.train(training)
-            set_rng_state(state)
+            set_rng_state(state, self.device)
 
     def _evaluate(self, stop: StopSignal) -> None:
         assert self.evaluate is not None
