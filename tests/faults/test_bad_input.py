@@ -22,8 +22,9 @@ import torch
 from modern_llm.cli import main
 from modern_llm.config import ModelConfig
 from modern_llm.models import ModernDecoderLM
+from modern_llm.models.weights import model_weights
 from modern_llm.runtime.artifacts import locked, sha256_file, to_json
-from modern_llm.training.checkpoint import model_weights, read_checkpoint, write_checkpoint
+from modern_llm.training.checkpoint import read_checkpoint, write_checkpoint
 
 Make = Callable[..., Path]
 Refused = Callable[..., str]

@@ -13,10 +13,10 @@ import torch
 
 from modern_llm.errors import CheckpointError, DivergedError, ProtectedPathError
 from modern_llm.models import ModernDecoderLM
+from modern_llm.models.weights import model_weights
 from modern_llm.runtime.artifacts import sha256_file, to_json
 from modern_llm.training import (
     load_model_weights,
-    model_weights,
     read_checkpoint,
     verify_checkpoint,
     write_checkpoint,

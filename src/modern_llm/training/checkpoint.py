@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from modern_llm.errors import CheckpointError, DivergedError, ProtectedPathError
+from modern_llm.models.weights import copy_weights
 from modern_llm.runtime.artifacts import (
     published_folder,
     sha256_file,
@@ -67,20 +68,6 @@ class Checkpoint:
     def trainer_state(self) -> dict[str, Any]:
         """Optimizer, random state and position; see `read_trainer_state`."""
         return read_trainer_state(self.folder / STATE)
-
-
-def model_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Tensors of a model by name, each storage once, without the prefix of a compiled module."""
-    weights: dict[str, Tensor] = {}
-    seen: set[tuple[int, int, torch.Size]] = set()
-    for name, tensor in model.state_dict().items():
-        storage = tensor.untyped_storage()._cdata  # an address would be 0 on the meta device
-        key = (storage, tensor.storage_offset(), tensor.shape)
-        if tensor.numel() and key in seen:
-            continue
-        seen.add(key)
-        weights[name.replace("_orig_mod.", "")] = tensor
-    return weights
 
 
 def write_checkpoint(
@@ -286,25 +273,12 @@ def load_model_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
     Raises:
         CheckpointError: another architecture; lists the config fields and tensors that differ.
     """
-    own = model_weights(model)
-    problems = _config_differences(model, checkpoint.meta)
-    problems += [f"'{name}' is missing" for name in own if name not in checkpoint.weights]
-    problems += [f"'{name}' has no place" for name in checkpoint.weights if name not in own]
-    for name, tensor in own.items():
-        saved = checkpoint.weights.get(name)
-        if saved is not None and (saved.shape, saved.dtype) != (tensor.shape, tensor.dtype):
-            problems.append(
-                f"'{name}' is {tuple(saved.shape)} {saved.dtype}, "
-                f"the model has {tuple(tensor.shape)} {tensor.dtype}"
-            )
-    if problems:
-        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise CheckpointError(
-            f"{checkpoint.folder} does not fit this model: {'; '.join(problems[:8])}{more}"
-        )
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(checkpoint.weights[name])
+    copy_weights(
+        model,
+        checkpoint.weights,
+        source=str(checkpoint.folder),
+        problems=_config_differences(model, checkpoint.meta),
+    )
 
 
 def _config_differences(model: nn.Module, meta: Mapping[str, Any]) -> list[str]:

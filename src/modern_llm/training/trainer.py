@@ -19,6 +19,7 @@ from modern_llm.errors import (
     DivergedError,
     StoppedBySignal,
 )
+from modern_llm.models.weights import model_weights
 from modern_llm.runtime.artifacts import JsonLines, sha256_json
 from modern_llm.runtime.devices import (
     check_precision,
@@ -32,7 +33,6 @@ from modern_llm.runtime.seeding import derive_seed, rng_state, seed_everything, 
 from modern_llm.runtime.signals import StopSignal
 from modern_llm.training.checkpoint import (
     load_model_weights,
-    model_weights,
     read_checkpoint,
     write_checkpoint,
 )
