@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import re
@@ -233,6 +234,22 @@ def test_replace_keeps_a_backup_of_both(fake: Path, tmp_path: Path) -> None:
     backups = sorted(p.name.split(".bak-")[0] for p in (tmp_path / "r").glob("*.bak-*"))
     assert backups == ["made-up_assets", "made-up_report.md"]
     assert next((tmp_path / "r").glob("*.md.bak-*")).read_text() == old
+
+
+def test_a_replacement_that_fails_leaves_the_old_report(
+    fake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, old = written(fake, tmp_path / "r")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(report_module, "write_bytes", full)
+    with pytest.raises(ProtectedPathError, match="No space left"):
+        write_report(fake, tmp_path / "r", on_exists="replace")
+
+    assert path.read_text() == old and check_links(path) == 6
+    assert not list((tmp_path / "r").glob("*.bak-*"))
 
 
 def test_a_report_without_its_figures_is_left_alone(fake: Path, tmp_path: Path) -> None:

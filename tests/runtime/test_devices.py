@@ -27,9 +27,12 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Pretend that there are so many GPUs."""
 
     def pretend(count: int, *, bf16: bool = True) -> None:
+        def supported(including_emulation: bool = True) -> bool:
+            return bf16 or including_emulation  # every GPU can emulate it
+
         monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: bf16)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
 
     return pretend

@@ -15,6 +15,7 @@ from pydantic import (
 from modern_llm.config.schema import Component, Schema
 
 DEFAULT_MIN_LR_RATIO = 0.1
+Decay = Annotated[float, Field(ge=0, lt=1)]  # of a running mean
 
 
 class TrainingConfig(Schema):
@@ -26,11 +27,12 @@ class TrainingConfig(Schema):
     seq_len: PositiveInt  # tokens of a row; default: model.max_seq_len
     optimizer: Component = Component("adamw")
     lr: PositiveFloat = 3e-4
-    min_lr_ratio: float = Field(DEFAULT_MIN_LR_RATIO, ge=0, le=1)  # last learning rate / lr
+    # learning rate / lr when the last step is done
+    min_lr_ratio: float = Field(DEFAULT_MIN_LR_RATIO, ge=0, le=1)
     schedule: Component = Component("cosine")
     warmup: NonNegativeInt | Annotated[float, Field(ge=0, lt=1)] = 0.02  # steps, or a share
     weight_decay: NonNegativeFloat = 0.1  # on matrices only
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
     max_grad_norm: PositiveFloat = 1.0
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"  # auto: what the device is fast in
@@ -45,7 +47,7 @@ class TrainingConfig(Schema):
     eval_every: NonNegativeInt = 0  # steps; 0: at the start and the end only
     save_every: NonNegativeInt = 0  # steps; 0: at the end only
     sample_every: NonNegativeInt = 0  # steps; 0: never
-    keep_last: PositiveInt = 2  # checkpoints kept beside the best one
+    keep_last: PositiveInt = 2  # checkpoints kept beside the best of those saved
 
     @model_validator(mode="before")
     @classmethod

@@ -1,6 +1,5 @@
 """The report of a run, built from its files alone, and protected like every result."""
 
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from modern_llm.reporting.tables import code, escape
 from modern_llm.reporting.values import Run
 from modern_llm.runtime.artifacts import (
     Policy,
-    back_up,
     published_folder,
     sibling_names,
     write_bytes,
@@ -60,9 +58,9 @@ def write_report(run: Path, report_dir: Path, *, on_exists: Policy = "timestamp"
     pictures = figures(read)
     scores = {name: [asdict(s) for s in stage_scores(read, name)] for name in scored_stages(read)}
     if on_exists == "replace":
-        for old in (wanted, assets_folder(wanted)):
-            with suppress(FileNotFoundError):
-                back_up(old)
+        text = report_text(read, assets_folder(wanted).name, pictures)
+        _publish_assets(assets_folder(wanted), pictures, scores, replace=True)
+        return write_text(wanted, text, on_exists="replace")
     for path in sibling_names(wanted):
         if not path.exists() and _publish_assets(assets_folder(path), pictures, scores):
             text = report_text(read, assets_folder(path).name, pictures)
@@ -72,18 +70,20 @@ def write_report(run: Path, report_dir: Path, *, on_exists: Policy = "timestamp"
     return None
 
 
-def _publish_assets(folder: Path, pictures: dict[str, bytes], scores: dict[str, Any]) -> bool:
+def _publish_assets(
+    folder: Path, pictures: dict[str, bytes], scores: dict[str, Any], *, replace: bool = False
+) -> bool:
     """Write figures and scores; ``False`` when another report has the name."""
-    if folder.exists():
+    if folder.exists() and not replace:
         return False
     try:
-        with published_folder(folder) as staging:
+        with published_folder(folder, replace=replace) as staging:
             # Never empty: a rename onto an empty folder would not fail, and claim nothing.
             write_json(staging / "scores.json", scores)
             for name, png in pictures.items():
                 write_bytes(staging / name, png)
     except ProtectedPathError:
-        if folder.exists():  # another process was faster
+        if folder.exists() and not replace:  # another process was faster
             return False
         raise
     return True

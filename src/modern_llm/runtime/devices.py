@@ -72,6 +72,11 @@ def resolve_device(name: str = "auto") -> torch.device:
     return device
 
 
+def _has_bf16() -> bool:
+    """Whether the GPU multiplies in bf16; all others can emulate it, slowly."""
+    return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+
+
 def check_precision(precision: str, device: torch.device) -> None:
     """Refuse a precision that the device cannot compute in.
 
@@ -80,7 +85,7 @@ def check_precision(precision: str, device: torch.device) -> None:
     """
     if precision == "fp16" and device.type == "cpu":
         raise ConfigError("training.precision: fp16 needs a GPU; use bf16 or fp32 on a CPU")
-    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+    if precision == "bf16" and device.type == "cuda" and not _has_bf16():
         raise ConfigError("training.precision: this GPU has no bf16; use fp16 or fp32")
 
 
@@ -92,7 +97,7 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     if precision != "auto":
         return precision
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        return "bf16" if _has_bf16() else "fp16"
     if device.type == "cpu" and platform.machine() == "x86_64":
         fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         return "bf16" if fast else "fp32"

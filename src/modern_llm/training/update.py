@@ -12,7 +12,7 @@ from modern_llm.errors import DataError, DivergedError
 from modern_llm.runtime.devices import autocast
 from modern_llm.training.objectives import Objective, Terms
 from modern_llm.training.optim import build_optimizers
-from modern_llm.training.records import FirstLoss, StepStats
+from modern_llm.training.records import WAY_OUT, FirstLoss, StepStats
 from modern_llm.training.schedule import Schedule
 
 MIN_FP16_SCALE = 2.0**-6  # a gradient that overflows at this scale is not finite at all
@@ -115,7 +115,9 @@ class Update:
             return
         rows = [i for b in micro_batches if hasattr(b, "index_B") for i in b.index_B.tolist()]
         named = f" (data rows {rows})" if rows else ""
-        raise DivergedError(f"step {step + 1}{named}: loss={loss:.4g}, grad_norm={grad_norm:.4g}")
+        raise DivergedError(
+            f"step {step + 1}{named}: loss={loss:.4g}, grad_norm={grad_norm:.4g}; {WAY_OUT}"
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Moments of the optimizer and the fp16 scale."""
