@@ -160,11 +160,12 @@ class Reasoning:
     bins: tuple[Bin, ...]
     base_rate: float | None
     scores: tuple[Score, ...] = ()
+    verifier: Checkpoint | None = None
 
 
 @dataclass(frozen=True)
 class EvalRun:
-    """The eval stage."""
+    """The eval stage; ``foreign`` are stages whose scores are of another checkpoint: left out."""
 
     status: Status
     models: tuple[ModelEval, ...] = ()
@@ -172,6 +173,14 @@ class EvalRun:
     baselines: tuple[tuple[str, tuple[Score, ...]], ...] = ()
     not_evaluated: tuple[tuple[str, str], ...] = ()
     provenance: Provenance = Provenance()
+    foreign: tuple[str, ...] = ()
+
+    def checkpoint(self, stage: str) -> Checkpoint | None:
+        """What was evaluated as the checkpoint of ``stage``."""
+        found = {model.stage: model.checkpoint for model in self.models}
+        if self.reasoning is not None:
+            found["verifier"] = self.reasoning.verifier
+        return found.get(stage)
 
 
 @dataclass(frozen=True)

@@ -117,6 +117,10 @@ class Stage(ABC):
                     "start the stage again (a backup is kept)"
                 )
 
+    def outdated(self) -> bool:
+        """Whether what stands is of something that another thing has replaced since."""
+        return False
+
     def parent_record(self) -> dict[str, str] | None:
         """Stage, path and hash of the parent checkpoint, for lineage."""
         if self.parent is None:
