@@ -1,8 +1,8 @@
 """The ledger: every score of every run, one JSON line each, append-only and never twice.
 
 A row says where a number comes from: run, stage, commit, config, data, seed, versions, protocol.
-``git_commit`` trained the checkpoint, ``evaluated_with`` computed the score; ``dirty``, ``versions``,
-``seed`` and ``ended`` are of the latter.
+``git_commit`` is that of the code that trained the checkpoint, ``evaluated_with`` that of the code
+that computed the score; ``dirty``, ``versions``, ``seed`` and ``ended`` belong to the latter.
 """
 
 import json
@@ -16,7 +16,7 @@ from modern_llm.errors import ConfigError
 from modern_llm.reporting.fields import read_rows
 from modern_llm.reporting.gains import evaluated_scores, scored_stages
 from modern_llm.reporting.results import read_run
-from modern_llm.reporting.values import Checkpoint, Provenance, Run, Score
+from modern_llm.reporting.values import Provenance, Run, Score
 from modern_llm.runtime.artifacts import JsonLines, locked, sha256_json
 
 WAIT_S = 60.0  # for another process that is writing its rows
@@ -52,15 +52,16 @@ def score_rows(run: Run) -> Iterator[dict[str, Any]]:
     """One row for every score of a run's models and baselines."""
     evaluated = run.evaluation.provenance
     for name in scored_stages(run):
-        scored = run.evaluation.checkpoint(name)
+        scored = run.evaluation.sha256(name)
         for score in evaluated_scores(run, name):
             yield _row(run, name, evaluated, score, scored)
         if stage := run.stages.get(name):
+            made = stage.checkpoint.sha256 if stage.checkpoint else ""
             for score in stage.scores:
-                yield _row(run, name, stage.provenance, score, stage.checkpoint)
+                yield _row(run, name, stage.provenance, score, made)
     for name, scores in run.evaluation.baselines:
         for score in scores:
-            yield _row(run, f"baseline:{name}", evaluated, score, None)
+            yield _row(run, f"baseline:{name}", evaluated, score, "")
 
 
 def data_hash(run: Run, stage: str) -> str:
@@ -70,9 +71,9 @@ def data_hash(run: Run, stage: str) -> str:
 
 
 def _row(
-    run: Run, stage: str, told: Provenance, score: Score, checkpoint: Checkpoint | None
+    run: Run, stage: str, told: Provenance, score: Score, checkpoint_sha256: str
 ) -> dict[str, Any]:
-    """One row: ``told`` is what the score was computed with, ``checkpoint`` what it is of."""
+    """One row: ``told`` is what the score was computed with, ``checkpoint_sha256`` what it is of."""
     trained = run.stages[stage].provenance.git_commit if stage in run.stages else ""
     return {
         "run": run.name,
@@ -90,7 +91,7 @@ def _row(
         "ci95": list(score.ci95) if score.ci95 else None,
         "n": score.n,
         "note": score.note,
-        "checkpoint_sha256": checkpoint.sha256 if checkpoint else "",
+        "checkpoint_sha256": checkpoint_sha256,
         "data_sha256": data_hash(run, stage),
     }
 

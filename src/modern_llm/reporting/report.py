@@ -148,8 +148,9 @@ def opening(run: Run) -> list[str]:
         lines = "\n".join(f"> - {escape(fault)}" for fault in run.faults)
         parts.append(f"> **Some files are missing or damaged:**\n>\n{lines}")
     if run.evaluation.foreign:
+        names = ", ".join(run.evaluation.foreign)
         parts.append(
-            f"> **`eval/result.json` is of other checkpoints of {', '.join(run.evaluation.foreign)} "
-            "than this run has now: their scores are left out.** Run `eval` again."
+            f"> **`eval/result.json` is of other checkpoints of {names} than this run has now:** "
+            "their scores are left out. Run `eval` again."
         )
     return parts

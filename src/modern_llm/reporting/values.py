@@ -160,7 +160,7 @@ class Reasoning:
     bins: tuple[Bin, ...]
     base_rate: float | None
     scores: tuple[Score, ...] = ()
-    verifier: Checkpoint | None = None
+    verifier_sha256: str = ""
 
 
 @dataclass(frozen=True)
@@ -175,12 +175,12 @@ class EvalRun:
     provenance: Provenance = Provenance()
     foreign: tuple[str, ...] = ()
 
-    def checkpoint(self, stage: str) -> Checkpoint | None:
-        """What was evaluated as the checkpoint of ``stage``."""
-        found = {model.stage: model.checkpoint for model in self.models}
+    def sha256(self, stage: str) -> str:
+        """Hash of what was evaluated as the checkpoint of ``stage``; empty where none is told."""
+        found = {m.stage: m.checkpoint.sha256 for m in self.models if m.checkpoint}
         if self.reasoning is not None:
-            found["verifier"] = self.reasoning.verifier
-        return found.get(stage)
+            found["verifier"] = self.reasoning.verifier_sha256
+        return found.get(stage, "")
 
 
 @dataclass(frozen=True)

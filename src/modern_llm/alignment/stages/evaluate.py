@@ -163,7 +163,7 @@ class EvalStage(Stage):
         scores, missing = split_results([*report.scores, *report.not_evaluated, *absent])
         return {
             "policy": stage,
-            "verifier": verifier and _identity(verifier),
+            "verifier_sha256": verifier and verifier.sha256,
             "n_problems": report.n_problems,
             "temperature": task.temperature,
             "curves": report.curves,
