@@ -73,7 +73,7 @@ def data_hash(run: Run, stage: str) -> str:
 def _row(
     run: Run, stage: str, told: Provenance, score: Score, checkpoint_sha256: str
 ) -> dict[str, Any]:
-    """One row: ``told`` is what the score was computed with, ``checkpoint_sha256`` what it is of."""
+    """One row; ``told`` is what the score was computed with."""
     trained = run.stages[stage].provenance.git_commit if stage in run.stages else ""
     return {
         "run": run.name,
