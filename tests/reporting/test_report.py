@@ -169,7 +169,9 @@ def test_an_evaluation_of_other_checkpoints_is_told_and_left_out(
     assert "> **`eval/result.json` is of other checkpoints of sft than this run has now:**" in text
     missing = section(text, "## What could not be evaluated, and why")
     assert "the sft checkpoint | eval scored another checkpoint" in re.sub(" +", " ", missing)
-    assert "the pretrain checkpoint | was not there when eval ran" in re.sub(" +", " ", missing)
+    assert "the pretrain checkpoint | is not among those that eval scored" in re.sub(
+        " +", " ", missing
+    )
     assert set(load(assets_folder(path) / "scores.json")) == {"dpo", "verifier"}
     assert "62.0 % [60.1" not in text and "sft said so." not in text
     assert "dpo said so." in text

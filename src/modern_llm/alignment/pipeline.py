@@ -108,15 +108,17 @@ class AlignmentPipeline:
     def _run_stage(self, run: Path, name: str, checkpoint: Path | None) -> bool:
         """Run one stage unless its result stands; returns whether it ran."""
         folder = run / name
+        if self.on_exists == "replace" and folder.exists():
+            log.warning("%s: kept as %s", folder, back_up(folder).name)
         stage: Stage = STAGES[name](
             self.config, run, self._parent(run, name, checkpoint),
             allow_data_change=self.allow_data_change,
         )  # fmt: skip
-        if self.on_exists == "skip" and stage.outdated():
-            log.warning("%s is of other checkpoints than now; left (--no-overwrite)", folder)
-            return False
-        if folder.exists() and (self.on_exists == "replace" or stage.outdated()):
-            log.warning("%s: kept as %s", folder, back_up(folder).name)
+        if stage.outdated():
+            if self.on_exists == "skip":
+                log.warning("%s is of other checkpoints than now; left (--no-overwrite)", folder)
+                return False
+            log.warning("%s is of other checkpoints: kept as %s", folder, back_up(folder).name)
         stage.claim()
         if (folder / "result.json").exists():
             log.info("%s: finished already, %s", name, folder / "result.json")

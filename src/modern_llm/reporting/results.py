@@ -169,7 +169,7 @@ def _of_this_run(found: EvalRun, stages: dict[str, StageRun]) -> EvalRun:
     late = [n for n in POLICIES if stages[n].status == "finished" and n not in scored]
     reasons = {
         **dict.fromkeys(foreign, "eval scored another checkpoint than the run has now"),
-        **dict.fromkeys(late, "was not there when eval ran"),
+        **dict.fromkeys(late, "is not among those that eval scored"),
     }
     missing = [
         (f"the {name} checkpoint", f"{why}; run eval again") for name, why in reasons.items()

@@ -118,7 +118,7 @@ class Stage(ABC):
                 )
 
     def outdated(self) -> bool:
-        """Whether what stands is of something that another thing has replaced since."""
+        """Whether what stands was computed from other checkpoints than there are now."""
         return False
 
     def parent_record(self) -> dict[str, str] | None:
