@@ -21,7 +21,8 @@ from modern_llm.runtime.signals import stop_at_once
 
 EXIT_CODES = """exit codes:
   0 done   2 config   3 data   4 checkpoint   5 diverged   6 protected or unwritable path
-  75 stopped by a signal after saving: the same command goes on   130 interrupted"""
+  75 stopped by a signal after saving: the same command (without --force) goes on
+  130 interrupted"""
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
@@ -104,17 +105,17 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _conclude(run: Path, config: PipelineConfig, *, changed: bool, on_exists: Policy) -> None:
-    """Write report and ledger, unless nothing was computed and a report stands; show both."""
+    """Write report and ledger, unless the newest report tells all that there is; show both."""
     from modern_llm.reporting.console import print_summary
     from modern_llm.reporting.ledger import record_scores
-    from modern_llm.reporting.report import report_path, write_report
+    from modern_llm.reporting.report import is_current, newest_report, write_report
 
-    path = report_path(run, config.paths.report)
-    if changed or not path.exists():
+    path = newest_report(run, config.paths.report)
+    if changed or path is None or not is_current(path, run):
         path = write_report(run, config.paths.report, on_exists=on_exists) or path
     record_scores(run, config.paths.ledger)  # each once, also after a stop before this line
     print_summary(run)
-    print(f"run:    {run}\nreport: {path}")
+    print(f"run:    {run}\nreport: {path or 'none'}")
 
 
 def _eval_arguments(parser: argparse.ArgumentParser) -> None:
@@ -299,7 +300,8 @@ def _guarded(execute: Callable[[argparse.Namespace], int], args: argparse.Namesp
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from what was saved", file=sys.stderr)
+        told = "interrupted; the same command goes on from what was saved (without --force)"
+        print(told, file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output, such as head, is gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

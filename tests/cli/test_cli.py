@@ -113,6 +113,7 @@ def test_an_unknown_preset_is_refused_with_a_suggestion(refused: Any) -> None:
         (["model.norm=rmsnrm"], "unknown norm 'rmsnrm'; did you mean 'rmsnorm'?"),
         (["training.device=tpu9"], "unknown device 'tpu9'"),
         (["whatever"], "override 'whatever': write section.field=value"),
+        (["--resume", "--force"], "--resume goes on with a run, --force starts again"),
         (["--resume"], "--resume: no run of this config"),
     ],
 )
@@ -275,6 +276,14 @@ def test_generate_answers_each_prompt(tiny_run: Any, capsys: Captured) -> None:
     assert first.count("\n") >= 2
     assert main(["generate", *flags, "one", "two"]) == 0
     assert capsys.readouterr().out == first
+
+
+def test_a_device_that_is_not_here_is_refused_by_the_flags_name(
+    refused: Any, tiny_run: Any
+) -> None:
+    final = str(tiny_run.run / "sft" / "final")
+    told = refused("generate", "--checkpoint", final, "--device", "cuda:99", "hello")
+    assert told.startswith("error: --device: 'cuda:99' is not")
 
 
 def test_chat_answers_until_the_input_ends(

@@ -13,7 +13,13 @@ from markdown_it import MarkdownIt
 from modern_llm.errors import DataError, ProtectedPathError
 from modern_llm.reporting import report as report_module
 from modern_llm.reporting.plots import figures
-from modern_llm.reporting.report import assets_folder, report_path, write_report
+from modern_llm.reporting.report import (
+    assets_folder,
+    is_current,
+    newest_report,
+    report_path,
+    write_report,
+)
 from modern_llm.reporting.values import Run
 
 DRAWN: dict[str, dict[str, bytes]] = {}
@@ -149,6 +155,56 @@ def test_missing_pieces_are_named(fake: Path, tmp_path: Path) -> None:
     assert re.search(r"\| dpo +\| the whole stage +\| was not run", missing)
     assert "## Best of n" not in text and "## Samples" not in text
     assert check_links(path) == 2
+
+
+def test_an_evaluation_of_other_checkpoints_is_told_and_left_out(
+    fake: Path, tmp_path: Path
+) -> None:
+    value = load(fake / "eval" / "result.json")
+    value["models"][1]["checkpoint"]["sha256"] = "e" * 64
+    del value["models"][0]
+    dump(fake / "eval" / "result.json", value)
+
+    path, text = written(fake, tmp_path)
+
+    assert "> **`eval/result.json` is of other checkpoints of sft than this run has now:**" in text
+    missing = section(text, "## What could not be evaluated, and why")
+    assert "the sft checkpoint | eval scored another checkpoint" in re.sub(" +", " ", missing)
+    assert "the pretrain checkpoint | is not among those that eval scored" in re.sub(
+        " +", " ", missing
+    )
+    assert set(load(assets_folder(path) / "scores.json")) == {"dpo", "verifier"}
+    assert "62.0 % [60.1" not in text and "sft said so." not in text
+    assert "dpo said so." in text
+
+
+def test_pretraining_is_told_by_the_weights_that_are_handed_on(fake: Path, tmp_path: Path) -> None:
+    """Those of the last step, not of the lowest validation loss."""
+    log = fake / "pretrain" / "metrics.jsonl"
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    last = [row for row in rows if row["kind"] == "eval"][-1]
+    last["loss"] = 3.125
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    head = section(written(fake, tmp_path)[1], "## What each stage gained")
+
+    row = next(r for r in head.splitlines() if r.startswith("| pretrain"))
+    assert f"3.125 at step {STEPS['pretrain']}" in row
+
+
+def test_the_newest_report_is_found_and_known_to_be_current(fake: Path, tmp_path: Path) -> None:
+    assert newest_report(fake, tmp_path) is None
+    first, _ = written(fake, tmp_path)
+    os.utime(first, (1, 1))
+    assert newest_report(fake, tmp_path) == first and is_current(first, fake)
+    value = load(fake / "eval" / "result.json")
+    value["models"][0]["scores"][0]["value"] = 4.0
+    dump(fake / "eval" / "result.json", value)
+    assert not is_current(first, fake)
+    second, _ = written(fake, tmp_path)
+    assert newest_report(fake, tmp_path) == second != first and is_current(second, fake)
+    (assets_folder(second) / "scores.json").unlink()
+    assert not is_current(second, fake)
 
 
 def test_a_run_that_has_only_a_config(fake: Path, tmp_path: Path) -> None:

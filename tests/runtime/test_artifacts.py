@@ -27,6 +27,7 @@ from modern_llm.runtime.artifacts import (
     sha256_file,
     sha256_json,
     sibling_names,
+    standing_siblings,
     to_json,
     write_bytes,
     write_json,
@@ -226,10 +227,31 @@ def test_a_file_in_the_place_of_a_folder_is_told(tmp_path: Path) -> None:
 
 
 def test_siblings_go_on_for_ever(tmp_path: Path) -> None:
-    names = sibling_names(tmp_path / "plot.png")
+    names = sibling_names(tmp_path / "plot.png", suffix=".png")
     first = [next(names).name for _ in range(4)]
     stamp = first[1].removeprefix("plot_").removesuffix(".png")
     assert first == ["plot.png", f"plot_{stamp}.png", f"plot_{stamp}-2.png", f"plot_{stamp}-3.png"]
+
+
+def test_a_folder_with_a_dot_in_its_name_has_no_suffix(tmp_path: Path) -> None:
+    made = [new_folder(tmp_path / "v0.1") for _ in range(3)]
+    names = [folder.name for folder in made if folder]
+    assert names[0] == "v0.1" and all(
+        re.fullmatch(r"v0\.1_\d{8}-\d{6}(-\d)?", n) for n in names[1:]
+    )
+
+
+@pytest.mark.parametrize(("name", "suffix"), [("v0.1", ""), ("v0.1_report.md", ".md")])
+def test_siblings_are_found_again_the_newest_first(tmp_path: Path, name: str, suffix: str) -> None:
+    stem = name.removesuffix(suffix)
+    made = [name, f"{stem}_20260101-000000-2{suffix}", f"{stem}_20250101-000000{suffix}"]
+    others = [f"{stem}_2nd{suffix}", f"{name}.bak-20260101-000000-1", f"x{name}", f"v0_1{suffix}"]
+    for age, other in enumerate((*made, *others)):
+        (tmp_path / other).touch()
+        os.utime(tmp_path / other, (1000 - age, 1000 - age))
+    found = standing_siblings(tmp_path / name, suffix=suffix)
+    assert [path.name for path in found] == made
+    assert standing_siblings(tmp_path / "nowhere" / name) == []
 
 
 # --- hashes -------------------------------------------------------------------------------------

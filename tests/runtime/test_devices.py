@@ -54,6 +54,20 @@ def test_an_absent_device_is_refused(gpus: Any, name: str) -> None:
         resolve_device(name)
 
 
+def test_a_refusal_names_the_field(gpus: Any) -> None:
+    gpus(0)
+    for name in ("cuda", "tpu9"):
+        with pytest.raises(ConfigError, match=r"^eval\.device: "):
+            resolve_device(name, field="eval.device")
+    with pytest.raises(ConfigError, match=r"^eval\.precision: fp16"):
+        check_precision("fp16", CPU, field="eval.precision")
+    gpus(1, bf16=False)
+    with pytest.raises(ConfigError, match=r"^eval\.device: 'cuda:1'"):
+        resolve_device("cuda:1", field="eval.device")
+    with pytest.raises(ConfigError, match=r"^eval\.precision: this GPU"):
+        check_precision("bf16", torch.device("cuda"), field="eval.precision")
+
+
 def test_a_gpu_beyond_the_last_is_refused(gpus: Any) -> None:
     gpus(2)
     assert resolve_device("cuda:1") == torch.device("cuda:1")

@@ -159,7 +159,10 @@ class Preflight:
             training = self.config.stage(stage).training
             yield partial(build_optimizers, _tiny_model(), training)
             yield partial(Schedule, training)
-            yield partial(_check_device, training.device, training.precision)
+            yield partial(_check_device, "training", training.device, training.precision)
+        if "eval" in self.stages:
+            tasks = self.config.eval
+            yield partial(_check_device, "eval", tasks.device, tasks.precision)
         yield self._check_lengths
         yield self._check_tokenizer
         for source, split, kinds in self._sources():
@@ -317,5 +320,6 @@ def _no_texts() -> Iterator[str]:
     return iter(())
 
 
-def _check_device(name: str, precision: str) -> None:
-    check_precision(precision, resolve_device(name))
+def _check_device(section: str, name: str, precision: str) -> None:
+    device = resolve_device(name, field=f"{section}.device")
+    check_precision(precision, device, field=f"{section}.precision")

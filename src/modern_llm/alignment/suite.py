@@ -58,8 +58,8 @@ class Suite:
 
     def __init__(self, config: PipelineConfig) -> None:
         self.config, self.tasks = config, config.eval
-        device = resolve_device(self.tasks.device)
-        check_precision(self.tasks.precision, device)
+        device = resolve_device(self.tasks.device, field="eval.device")
+        check_precision(self.tasks.precision, device, field="eval.precision")
         self.compute = Compute(device, self.tasks.batch_size, self.tasks.precision)
 
     def rows(self, source: SourceConfig, split: str, limit: int | None) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -59,15 +60,26 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def sibling_names(path: Path) -> Iterator[Path]:
-    """``path``, then siblings with the UTC time (and a counter) before the suffix, for ever."""
+def sibling_names(path: Path, *, suffix: str = "") -> Iterator[Path]:
+    """``path``, then siblings with the UTC time (and a counter) before ``suffix``, for ever.
+
+    A folder has no suffix, whatever dots are in its name.
+    """
     yield path
-    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-    yield path.with_name(f"{path.stem}_{stamp}{path.suffix}")
+    stem, stamp = path.name.removesuffix(suffix), datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    yield path.with_name(f"{stem}_{stamp}{suffix}")
     count = 2
     while True:
-        yield path.with_name(f"{path.stem}_{stamp}-{count}{path.suffix}")
+        yield path.with_name(f"{stem}_{stamp}-{count}{suffix}")
         count += 1
+
+
+def standing_siblings(path: Path, *, suffix: str = "") -> list[Path]:
+    """Those names of `sibling_names`, of any time, that exist; the newest first."""
+    stem = re.escape(path.name.removesuffix(suffix))
+    form = re.compile(rf"{stem}(_\d{{8}}-\d{{6}}(-\d+)?)?{re.escape(suffix)}")
+    found = [name for name in path.parent.glob("*") if form.fullmatch(name.name)]
+    return sorted(found, key=lambda name: name.stat().st_mtime, reverse=True)
 
 
 def staging_name(path: Path) -> Path:
@@ -204,7 +216,7 @@ def write_bytes(path: Path, data: bytes, *, on_exists: Policy = "timestamp") -> 
             if on_exists == "replace":
                 _replace(temporary, path)
                 return path
-            for name in sibling_names(path):
+            for name in sibling_names(path, suffix=path.suffix):
                 try:
                     _claim(temporary, name)
                 except FileExistsError:

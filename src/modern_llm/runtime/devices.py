@@ -40,8 +40,12 @@ def single_process() -> Ranks:
     return Ranks()
 
 
-def resolve_device(name: str = "auto") -> torch.device:
+def resolve_device(name: str = "auto", *, field: str = "training.device") -> torch.device:
     """Device by name; ``auto`` takes CUDA, else MPS, else the CPU.
+
+    Args:
+        name: such as ``cpu``, ``cuda`` or ``cuda:1``.
+        field: where the name was given, for the message.
 
     Raises:
         ConfigError: the device is unknown or not on this machine.
@@ -53,7 +57,7 @@ def resolve_device(name: str = "auto") -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ConfigError(f"training.device: unknown device '{name}' (auto, cpu, cuda)") from None
+        raise ConfigError(f"{field}: unknown device '{name}' (auto, cpu, cuda)") from None
     available = {
         "cpu": True,
         "cuda": torch.cuda.is_available(),
@@ -61,14 +65,12 @@ def resolve_device(name: str = "auto") -> torch.device:
     }
     if not available.get(device.type, False):
         raise ConfigError(
-            f"training.device: '{name}' is not available here; use training.device=cpu, "
+            f"{field}: '{name}' is not available here; use {field}=cpu, "
             "or run on a machine that has it"
         )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
-        raise ConfigError(
-            f"training.device: '{name}' is not here; the last of {count} is cuda:{count - 1}"
-        )
+        raise ConfigError(f"{field}: '{name}' is not here; the last of {count} is cuda:{count - 1}")
     return device
 
 
@@ -77,16 +79,18 @@ def _has_bf16() -> bool:
     return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
-def check_precision(precision: str, device: torch.device) -> None:
-    """Refuse a precision that the device cannot compute in.
+def check_precision(
+    precision: str, device: torch.device, *, field: str = "training.precision"
+) -> None:
+    """Refuse a precision that the device cannot compute in; ``field`` is where it was given.
 
     Raises:
         ConfigError: unsupported; names one that works.
     """
     if precision == "fp16" and device.type == "cpu":
-        raise ConfigError("training.precision: fp16 needs a GPU; use bf16 or fp32 on a CPU")
+        raise ConfigError(f"{field}: fp16 needs a GPU; use bf16 or fp32 on a CPU")
     if precision == "bf16" and device.type == "cuda" and not _has_bf16():
-        raise ConfigError("training.precision: this GPU has no bf16; use fp16 or fp32")
+        raise ConfigError(f"{field}: this GPU has no bf16; use fp16 or fp32")
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:

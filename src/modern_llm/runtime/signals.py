@@ -112,5 +112,6 @@ def stop_at_once() -> Iterator[None]:
             signal.signal(number, handler)
     if now.requested is not None:
         raise StoppedBySignal(
-            f"{now.requested}: what is finished stands; the same command goes on from there"
+            f"{now.requested}: what is finished stands; the same command goes on from there "
+            "(without --force)"
         )

@@ -281,7 +281,7 @@ class Trainer:
             self._tell_stop(f"signal:{stop.requested}")
             raise StoppedBySignal(
                 f"{self.folder.name}: {stop.requested} after step {self.progress.step}; "
-                "saved, the same command goes on from there"
+                "saved, the same command goes on from there (without --force)"
             )
 
     def _left(self) -> list[Callable[[StopSignal], None]]:

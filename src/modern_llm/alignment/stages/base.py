@@ -117,6 +117,10 @@ class Stage(ABC):
                     "start the stage again (a backup is kept)"
                 )
 
+    def outdated(self) -> bool:
+        """Whether what stands was computed from other checkpoints than there are now."""
+        return False
+
     def parent_record(self) -> dict[str, str] | None:
         """Stage, path and hash of the parent checkpoint, for lineage."""
         if self.parent is None:
