@@ -9,7 +9,6 @@ from PIL import Image
 
 from modern_llm.reporting.plots import figures, loss_curves
 from modern_llm.reporting.plots.canvas import smooth
-from modern_llm.reporting.plots.evaluation import wilson
 from modern_llm.reporting.results import read_run
 
 NAMES = ["stages.png", "loss.png", "training.png", "dpo.png", "best_of_n.png", "calibration.png"]
@@ -83,9 +82,3 @@ def test_smoothing_is_a_mean_over_the_neighbours() -> None:
     assert smooth(values, 3) == pytest.approx([1.0, 3.0, 11 / 3, 17 / 3, 5.5])
     assert smooth(values, 1) == values
     assert smooth([], 5) == []
-
-
-def test_wilson_interval_against_its_defining_equation() -> None:
-    for share, n in ((0.3, 40), (0.0, 10), (1.0, 7)):
-        for end in wilson(share, n):  # |p - end| = z sqrt(end (1 - end) / n) at both ends
-            assert (share - end) ** 2 == pytest.approx(1.959964**2 * end * (1 - end) / n, abs=1e-9)
