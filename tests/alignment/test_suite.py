@@ -305,10 +305,14 @@ def test_a_limit_that_cuts_the_split_is_in_the_key(
 
 
 def test_every_task_tells_its_data_and_its_limit(
-    tiny: PipelineConfig, policy: ModernDecoderLM, tokenizer: Tokenizer, tmp_path: Path
-) -> None:
-    (tmp_path / "metric").mkdir()
-    (tmp_path / "metric" / "metric.py").write_text(METRIC)
+    tiny: PipelineConfig, policy: ModernDecoderLM, tokenizer: Tokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    class Constant:
+        def compute(self, **kwargs: Any) -> dict[str, float]:
+            return {"one": 1.0}
+
+    monkeypatch.setattr(pytest.importorskip("evaluate"), "load", lambda name: Constant())
     sources = {k: {"name": "synthetic", "kind": k, "rows": 40, "held_out_rows": 8}
                for k in ("text", "problems", "pairs", "instruct")}  # fmt: skip
     config = with_eval(
@@ -318,13 +322,13 @@ def test_every_task_tells_its_data_and_its_limit(
                    "max_new_tokens": 4},
         preference={"name": "taste", "source": sources["pairs"], "max_pairs": 7},
         text_metrics=[{"name": "told", "source": sources["instruct"], "max_rows": 2,
-                       "metric": str(tmp_path / "metric"), "max_new_tokens": 4}],
+                       "metric": "constant", "max_new_tokens": 4}],
     )  # fmt: skip
     found = scores(Suite(config).evaluate(policy, tokenizer).results)
     assert {key for key, _ in found} == {
         "mine.test/first2/ctx128/stride128/bos", "mine.test/first2/ctx128/stride64/bos",
         "sums.test/first3/greedy", "sums.test/first3/gold+eos", "taste.test/first7",
-        f"told.test/first2/greedy/{tmp_path / 'metric'}",
+        "told.test/first2/greedy/constant",
     }  # fmt: skip
 
 

@@ -82,3 +82,17 @@ def test_smoothing_is_a_mean_over_the_neighbours() -> None:
     assert smooth(values, 3) == pytest.approx([1.0, 3.0, 11 / 3, 17 / 3, 5.5])
     assert smooth(values, 1) == values
     assert smooth([], 5) == []
+
+
+def test_bars_of_the_reliability_diagram_are_those_of_the_record(fake: Path) -> None:
+    path = fake / "eval" / "result.json"
+    value = load(path)
+    bins = value["reasoning"]["reliability"]
+    pictures = []
+    for width in (0.09, 0.2, None):
+        for b in bins:
+            middle = b["accuracy"] or 0.5
+            b["ci95"] = None if width is None else [middle - width, middle + width]
+        dump(path, value)
+        pictures.append(figures(read_run(fake))["calibration.png"])
+    assert len(set(pictures)) == 3

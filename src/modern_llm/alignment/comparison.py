@@ -58,10 +58,7 @@ def compare_checkpoints(
         DataError: the data of a task cannot be had.
     """
     names = [str(path) for path in checkpoints]
-    if len(set(names)) != len(names):
-        raise ConfigError("--checkpoints names one folder twice")
-    if len({*names, *baselines}) != len(names) + len(baselines):
-        raise ConfigError("--baseline names one model twice")
+    _check_names(names, baselines)
     target = comparison_path(config)
     if on_exists == "skip" and target.exists():
         return None
@@ -95,6 +92,14 @@ def compare_checkpoints(
         "provenance": {**environment(), "config_sha256": config.sha256()},
     }
     return write_json(target, result, on_exists=on_exists)
+
+
+def _check_names(checkpoints: Sequence[str], baselines: Sequence[str]) -> None:
+    """Names are those of the results: each can stand for one model."""
+    if len(set(checkpoints)) != len(checkpoints):
+        raise ConfigError("--checkpoints names one folder twice")
+    if len({*checkpoints, *baselines}) != len(checkpoints) + len(baselines):
+        raise ConfigError("--baseline names one model twice")
 
 
 def _policy(suite: Suite, path: Path) -> tuple[ModernDecoderLM, Tokenizer]:
