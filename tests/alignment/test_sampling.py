@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 import torch
 
-from modern_llm.alignment.sampling import sample_ids, sample_texts
+from modern_llm.alignment.sampling import sample_answers, sample_ids, sample_texts
 from modern_llm.data.templates import Turn, prompt_ids
 from modern_llm.data.tokenizer import Tokenizer
 from modern_llm.errors import ConfigError
@@ -116,3 +116,17 @@ def test_ids_beyond_the_tokenizer_are_never_drawn(
         seeds=[0, 1, 2, 3],
     )  # fmt: skip
     assert all(token < tokenizer.n_vocab for row in rows for token in row)
+
+
+def test_answers_tell_what_was_drawn(sharp: ModernDecoderLM, tokenizer: Tokenizer) -> None:
+    long = "word " * 300
+    options = {"max_new_tokens": 40, "n_samples": 30, "temperature": 0.9, "seed": 4}
+    groups = sample_answers(sharp, tokenizer, ["Hi", long], **options)
+    texts = sample_texts(sharp, tokenizer, ["Hi", long], **options)
+    assert [[tokenizer.decode(a.tokens) for a in group] for group in groups] == texts
+    assert groups[0][0].prompt == prompt_ids(tokenizer, "Hi")
+    assert len(groups[1][0].prompt) == sharp.config.max_seq_len - 40  # as the model saw it
+    flat = [answer for group in groups for answer in group]
+    assert all(len(a.tokens) == 40 for a in flat if not a.finished)
+    assert any(len(a.tokens) < 40 for a in flat)
+    assert all(a.finished for a in flat if len(a.tokens) < 40)

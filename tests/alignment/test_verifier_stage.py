@@ -24,6 +24,7 @@ from modern_llm.data.templates import answer_ids, prompt_ids
 from modern_llm.data.tokenizer import Tokenizer
 from modern_llm.errors import CheckpointError, DataError
 from modern_llm.evaluation.answers import extract_answer, gold_answer
+from modern_llm.evaluation.intervals import share_interval
 from modern_llm.models import VerifierModel
 from modern_llm.training.checkpoint import read_checkpoint
 
@@ -328,3 +329,17 @@ def test_the_verifier_starts_as_the_policy_with_a_seeded_head(
         assert torch.equal(weights[name], tensor), name
     assert torch.equal(model.value_head.weight, again.value_head.weight)
     assert model.training
+
+
+def test_the_base_rate_has_an_interval_over_problems(tiny_run: Any) -> None:
+    folder = tiny_run.run / "verifier"
+    labels: dict[str, list[int]] = {}
+    for line in (folder / "samples-validation.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        labels.setdefault(row["question"], []).append(row["label"])
+    assert {len(own) for own in labels.values()} == {2}
+    scores = json.loads((folder / "result.json").read_text())["scores"]
+    (base,) = (score for score in scores if score["metric"] == "base_rate")
+    shares = [sum(own) / 2 for own in labels.values()]
+    assert base["value"] == pytest.approx(sum(shares) / len(shares))
+    assert base["ci95"] == pytest.approx(share_interval(shares))

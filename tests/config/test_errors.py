@@ -285,3 +285,44 @@ def test_a_run_name_is_one_plain_folder(told: Told, name: str) -> None:
 @pytest.mark.parametrize("name", ["a", "A-1_b.c", "0", "x" * 100, "local-smoke_20260101-000000"])
 def test_a_plain_name_is_taken(path: Path, name: str) -> None:
     assert load_config(path, [f'name="{name}"']).name == name
+
+
+# --- keys of scores
+
+
+def tasks(kind: str, *tasks: object) -> str:
+    return f"eval.{kind}={json.dumps(tasks)}"
+
+
+ONE, OTHER = ({"name": "jsonl", "path": f"{x}.jsonl"} for x in "ab")
+
+
+@pytest.mark.parametrize("own", [{}, {"context": 64}, {"max_texts": 9}, {"name": "jsonl"}])
+def test_two_tasks_of_one_key_are_refused(told: Told, own: dict[str, Any]) -> None:
+    override = tasks("perplexity", {"source": ONE}, {"source": OTHER, **own})
+    assert told(override) == [
+        "eval: perplexity.0 and perplexity.1 would have the same key, jsonl.test: give one a name"
+    ]
+
+
+def test_two_text_metrics_of_one_key_are_refused(told: Told) -> None:
+    first, second = ({"metric": "bleu", "source": source} for source in (ONE, OTHER))
+    [line] = told(tasks("text_metrics", first, {**first, "metric": "rouge"}, second))
+    assert "text_metrics.0 and text_metrics.2 would have the same key, jsonl.test bleu" in line
+
+
+def test_names_splits_and_protocols_tell_tasks_apart(path: Path) -> None:
+    config = load_config(
+        path,
+        [tasks("perplexity", {"source": ONE}, {"source": OTHER, "name": "b-2.x_y"},
+               {"source": OTHER, "split": "validation"}, {"source": ONE, "context": 64},
+               {"source": ONE, "max_texts": 9})],
+    )  # fmt: skip
+    keys = [task.key for task in config.eval.perplexity]
+    assert keys == ["jsonl.test", "b-2.x_y.test", "jsonl.validation", "jsonl.test", "jsonl.test"]
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "-a", "a b", "x" * 101])
+def test_a_task_name_fits_into_a_key(told: Told, name: str) -> None:
+    [line] = told(tasks("perplexity", {"source": ONE, "name": name}))
+    assert line.startswith(f"eval.perplexity.0.name={name!r}: String should")

@@ -14,7 +14,7 @@ from modern_llm.data.prepare import (
     text_store,
 )
 from modern_llm.data.sources import RowCounts, Source
-from modern_llm.data.templates import Turn, answer_ids, prompt_ids, text_ids
+from modern_llm.data.templates import Turn, answer_ids, prompt_ids
 from modern_llm.data.tokenizer import Tokenizer
 from modern_llm.errors import ConfigError, DataError
 
@@ -44,7 +44,9 @@ def test_text_store(tokenizer: Tokenizer, data: DataConfig) -> None:
     texts = ["Tom has 3 apples.", "typed <|eos|> stays"]
     sources = [Fixed("text", [{"text": t}], name=t[:3]) for t in texts]
     store = text_store(sources, "train", tokenizer, data)
-    assert store.tokens.tolist() == [i for t in texts for i in text_ids(tokenizer, t)]
+    assert store.tokens.tolist() == [
+        i for t in texts for i in (tokenizer.bos_id, *tokenizer.encode(t), tokenizer.eos_id)
+    ]
     assert store.tokens.tolist().count(tokenizer.eos_id) == 2
     assert [s["source"] for s in store.sources] == ["Tom", "typ"]
     assert sum(s["tokens"] for s in store.sources) == store.n_tokens

@@ -220,10 +220,22 @@ def test_a_run_that_has_only_a_config(fake: Path, tmp_path: Path) -> None:
 
 def test_nothing_is_evaluable_when_no_sample_is_right(fake: Path, tmp_path: Path) -> None:
     value = load(fake / "eval" / "result.json")
-    value["reasoning"]["curves"] = None
+    value["reasoning"] |= {"curves": None, "base_rate": 0.0}
     dump(fake / "eval" / "result.json", value)
 
     assert "not evaluable: no sample of any problem is right" in written(fake, tmp_path)[1]
+
+
+def test_one_right_sample_a_problem_is_no_lack_of_right_ones(fake: Path, tmp_path: Path) -> None:
+    value = load(fake / "eval" / "result.json")
+    value["reasoning"] |= {"curves": None, "base_rate": 0.42}
+    dump(fake / "eval" / "result.json", value)
+
+    text = written(fake, tmp_path)[1]
+
+    assert "42.0 % of all samples are right" in text
+    assert "no sample of any problem is right" not in text
+    assert "no problem has more than one sample" in text
 
 
 def test_a_parent_that_is_another_checkpoint_is_shouted(fake: Path, tmp_path: Path) -> None:

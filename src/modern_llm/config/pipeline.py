@@ -1,5 +1,6 @@
 """The whole run: model, data, the five stages, evaluation, paths."""
 
+from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -74,40 +75,46 @@ class VerifierConfig(StageConfig):
     lm_coef: NonNegativeFloat = 0.1  # weight of the joint language-model loss
 
 
-class PerplexityTask(Schema):
-    """Perplexity of held-out text, by every protocol of ``docs/evaluation.md``."""
+class EvalTask(Schema):
+    """A split of a source that is held out, and what its scores are called."""
 
     source: SourceConfig
     split: Literal["validation", "test"] = "test"
+    # stands for the source's name in keys
+    name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
+
+    @property
+    def key(self) -> str:
+        """What names the data in the key of a score: ``wikitext2.test``."""
+        return f"{self.name or self.source.name}.{self.split}"
+
+
+class PerplexityTask(EvalTask):
+    """Perplexity of held-out text, by every protocol of ``docs/evaluation.md``."""
+
     context: PositiveInt | None = None  # tokens; default: model.max_seq_len
     max_texts: PositiveInt | None = None
 
 
-class ReasoningTask(Schema):
+class ReasoningTask(EvalTask):
     """Exact match, pass@k, majority and best-of-n on problems with one right answer."""
 
-    source: SourceConfig
-    split: Literal["validation", "test"] = "test"
     n_problems: PositiveInt = 200
     n_samples: PositiveInt = 8
     temperature: PositiveFloat = 0.7
     max_new_tokens: PositiveInt = 64
 
 
-class PreferenceTask(Schema):
+class PreferenceTask(EvalTask):
     """How often the policy prefers the chosen answer of held-out pairs."""
 
-    source: SourceConfig
-    split: Literal["validation", "test"] = "test"
     max_pairs: PositiveInt = 500
 
 
-class TextMetricTask(Schema):
+class TextMetricTask(EvalTask):
     """A metric of the ``evaluate`` library on the policy's answers to held-out instructions."""
 
     metric: str
-    source: SourceConfig
-    split: Literal["validation", "test"] = "test"
     max_rows: PositiveInt = 100
     max_new_tokens: PositiveInt = 64
 
@@ -129,6 +136,31 @@ class EvalConfig(Schema):
     device: str = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
     threads: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _check_keys(self) -> Self:
+        """Refuse tasks whose scores would have one key: all but one of them would be lost.
+
+        Context and limit belong to a perplexity's key, but a model's context or the split may be
+        shorter: then only tasks on one source can share a key without harm.
+        """
+        same_key = [
+            (f"perplexity.{i}", f"perplexity.{j}", a.key)
+            for (i, a), (j, b) in combinations(enumerate(self.perplexity), 2)
+            if a.key == b.key
+            and (a.source != b.source or (a.context, a.max_texts) == (b.context, b.max_texts))
+        ] + [
+            (f"text_metrics.{i}", f"text_metrics.{j}", f"{a.key} {a.metric}")
+            for (i, a), (j, b) in combinations(enumerate(self.text_metrics), 2)
+            if (a.key, a.metric) == (b.key, b.metric)
+        ]
+        if same_key:
+            problems = (
+                f"{one} and {other} would have the same key, {key}: give one a name"
+                for one, other, key in same_key
+            )
+            raise ValueError("\n".join(problems))
+        return self
 
 
 class PathsConfig(Schema):

@@ -107,11 +107,6 @@ def answer_ids(tokenizer: Tokenizer, answer: str) -> list[int]:
     return [*tokenizer.encode(answer), tokenizer.eos_id]
 
 
-def text_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Ids of one pretraining document, ``<|bos|>`` and ``<|eos|>`` around it."""
-    return [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]
-
-
 def truncate_prompt(ids: list[int], max_tokens: int) -> list[int]:
     """Cut a prompt from its start; its first two ids (``<|bos|><|user|>``) stay.
 

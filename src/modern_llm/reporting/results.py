@@ -265,7 +265,7 @@ def _reasoning(fields: Fields) -> Reasoning | None:
         n_bin = item.integer("n") or 0
         if lo is None or hi is None or mean_score is None or accuracy is None or not n_bin:
             continue  # an empty bin has no mean
-        bins.append(Bin(lo, hi, mean_score, accuracy, n_bin))
+        bins.append(Bin(lo, hi, mean_score, accuracy, n_bin, item.interval("ci95")))
     return Reasoning(
         policy=fields.text("policy"),
         n_problems=fields.integer("n_problems"),

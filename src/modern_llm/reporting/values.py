@@ -135,6 +135,7 @@ class Bin:
     mean_score: float
     accuracy: float
     n: int
+    ci95: tuple[float, float] | None = None  # of the accuracy, over problems
 
 
 CHOICES = {  # ways to choose among n samples, and their names in tables and plots

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from modern_llm.alignment.sampling import sample_texts
+from modern_llm.alignment.sampling import sample_answers
 from modern_llm.alignment.stages.base import STAGES, Stage, load_policy
 from modern_llm.alignment.stages.verifier import load_verifier, score_solutions
 from modern_llm.alignment.suite import PolicyScores, Suite
@@ -134,15 +134,17 @@ class EvalStage(Stage):
             return None, []
         tokenizer = read_tokenizer(found[stage])
         precision = self.config.eval.precision
-        questions = [row["question"] for row in suite.problems]
+        key, problems = suite.problems
+        questions = [row["question"] for row in problems]
         log.info("eval: %d samples for each of %d problems", task.n_samples, len(questions))
-        groups = sample_texts(
+        drawn = sample_answers(
             policy, tokenizer, questions, n_samples=task.n_samples, temperature=task.temperature,
             max_new_tokens=task.max_new_tokens, precision=precision,
             seed=derive_seed(self.config.seed, "eval"),
         )  # fmt: skip
+        groups = [[tokenizer.decode(answer.tokens) for answer in group] for group in drawn]
         pairs = [(q, t) for q, group in zip(questions, groups, strict=True) for t in group]
-        likely = suite.logprobs(policy, tokenizer, pairs)
+        likely = suite.logprobs(policy, tokenizer, [a for group in drawn for a in group])
         chosen: list[float] | None = None
         verifier = found.get("verifier")
         absent: list[NotEvaluated] = []
@@ -154,11 +156,11 @@ class EvalStage(Stage):
                 batch_size=suite.compute.batch_size, precision=precision,
             )  # fmt: skip
         graded = []
-        for i, (row, group) in enumerate(zip(suite.problems, groups, strict=True)):
+        for i, (row, group) in enumerate(zip(problems, groups, strict=True)):
             own = slice(i * task.n_samples, (i + 1) * task.n_samples)
             best = None if chosen is None else chosen[own]
             graded.append(grade_samples(row["answer"], group, scores=best, logprobs=likely[own]))
-        key = f"{task.source.name}.{task.split}/T{task.temperature:g}"
+        key = f"{key}/T{task.temperature:g}"
         report = reasoning_report(graded, key=key, ns=list(_doubling(task.n_samples)))
         scores, missing = split_results([*report.scores, *report.not_evaluated, *absent])
         return {

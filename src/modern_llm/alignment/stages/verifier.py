@@ -31,6 +31,7 @@ from modern_llm.data.tokenizer import Tokenizer
 from modern_llm.errors import DataError
 from modern_llm.evaluation.answers import grade
 from modern_llm.evaluation.calibration import auroc_score, auroc_within_score, ece_score
+from modern_llm.evaluation.intervals import share_interval
 from modern_llm.evaluation.scores import Result, Score
 from modern_llm.models import ModernDecoderLM, VerifierModel
 from modern_llm.runtime.artifacts import sha256_json, write_text
@@ -272,8 +273,10 @@ class VerifierStage(TrainedStage):
         number = {question: i for i, question in enumerate(self._problems("validation"))}
         problems = [number[s["question"]] for s in solutions]
         key = "solutions.validation"
+        interval = share_interval(np.bincount(problems, right), np.bincount(problems))
+        note = "right samples; bootstrap over problems"
         return [
-            Score(key, "base_rate", float(np.mean(right)), None, len(right), "right samples"),
+            Score(key, "base_rate", float(np.mean(right)), interval, len(right), note),
             auroc_score(scores, right, problems, key=key),
             auroc_within_score(scores, right, problems, key=key),
             ece_score(scores, right, problems, key=key),
