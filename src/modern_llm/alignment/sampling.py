@@ -9,6 +9,7 @@ from modern_llm.runtime.devices import autocast
 from modern_llm.runtime.seeding import derive_seed
 
 SAMPLE_BATCH = 256  # rows that are decoded together
+COMPLETION_TEMPERATURE = 0.8
 
 
 def sample_ids(
@@ -59,3 +60,26 @@ def sample_texts(
     )  # fmt: skip
     texts = [tokenizer.decode(ids) for ids in done]
     return [texts[i : i + n_samples] for i in range(0, len(texts), n_samples)]
+
+
+def continue_text(
+    model: ModernDecoderLM,
+    tokenizer: Tokenizer,
+    text: str,
+    *,
+    max_new_tokens: int,
+    precision: str = "fp32",
+) -> str:
+    """What the model goes on with after plain text, drawn with a fixed seed.
+
+    A text that leaves no room for ``max_new_tokens`` is cut from its start.
+    """
+    room = model.config.max_seq_len - max_new_tokens - 1
+    ids = tokenizer.encode(text)
+    row = [tokenizer.bos_id, *ids[max(0, len(ids) - room) :]]
+    (done,) = sample_ids(
+        model, tokenizer, [row],
+        max_new_tokens=max_new_tokens, temperature=COMPLETION_TEMPERATURE, seeds=[0],
+        precision=precision,
+    )  # fmt: skip
+    return tokenizer.decode(done)
