@@ -170,6 +170,28 @@ def test_rows_longer_than_the_context(told: Told) -> None:
     ]
 
 
+def test_training_fields_that_would_do_nothing_are_refused(path: Path, told: Told) -> None:
+    for stage in ("sft", "dpo", "verifier"):
+        [line] = told(f"{stage}.training.doc_mask=true")
+        assert line.startswith(f"{stage}.training.doc_mask=true has no effect here: only pretrain")
+    [line] = told("dpo.training.seq_len=20")
+    assert line == (
+        "dpo.training.seq_len=20 has no effect here: a row has max_prompt_tokens + "
+        "2 * max_answer_tokens = 128; leave it out"
+    )
+    [line] = told("verifier.max_validation_rows=5")
+    assert line.startswith("verifier.max_validation_rows: unknown field")
+
+
+def test_what_all_stages_share_goes_where_it_does_something(path: Path) -> None:
+    shared = ["training.doc_mask=true", "training.seq_len=20", "dpo.max_answer_tokens=50"]
+    config = load_config(path, shared)
+    stages = (config.pretrain, config.sft, config.dpo, config.verifier)
+    assert [s.training.doc_mask for s in stages] == [True, False, False, False]
+    assert [s.training.seq_len for s in stages] == [20, 20, 64 + 2 * 50, 20]
+    assert type(config).model_validate(config.model_dump(mode="json")) == config
+
+
 def test_a_weight_that_does_nothing_is_refused(path: Path, told: Told) -> None:
     lines = told(
         "sft.data.0.weight=2",

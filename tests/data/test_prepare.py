@@ -135,12 +135,20 @@ def test_pairs_are_cut_by_their_own_budgets(tokenizer: Tokenizer, data: DataConf
 
 
 def test_solutions(tokenizer: Tokenizer, data: DataConfig) -> None:
-    rows = [("q", "1 + 1 = 2.\n#### 2", 1.0), ("q", "#### 3", 0.0), ("q" * 99, "#### 3", 0.0)]
+    rows = [
+        ("q", "1 + 1 = 2.\n#### 2", 1.0),
+        ("q", "7 " * 40, 1.0),
+        ("x" * 99 + "the end?", "#### 3", 0.0),
+    ]
     options = {"key": {"policy": "a"}, "max_tokens": 40}
     store = solution_store(rows, tokenizer, data, **options)
     assert store.columns["label"].tolist() == [1.0, 0.0]
-    assert store.counts.dropped == {"too long": 1}
-    assert store.record(1)[1].tolist() == answer_ids(tokenizer, "#### 3")
+    assert store.counts.dropped == {"too long": 1}  # a solution is never cut
+    prompt, answer = (ids.tolist() for ids in store.record(1))  # a question is, from its start
+    assert answer == answer_ids(tokenizer, "#### 3")
+    assert len(prompt) + len(answer) == 40
+    assert prompt[:2] == [tokenizer.bos_id, tokenizer.user_id]
+    assert tokenizer.decode(prompt).endswith("the end?")
 
     def unread() -> Iterator[tuple[str, str, float]]:
         raise AssertionError("read again")

@@ -87,6 +87,24 @@ def test_mixture_is_the_gated_sum_of_its_experts(ffn: str) -> None:
     torch.testing.assert_close(routing.prob_E, torch.stack(probs).mean(0).float())
 
 
+def test_the_router_of_one_expert_a_token_learns_from_the_output() -> None:
+    settings = config(moe={"n_experts": 4, "top_k": 1, "balance_coef": 0.0})
+    torch.manual_seed(0)
+    moe = MoE(settings, Dims.of(settings), settings.moe)
+    initialize(moe, settings)
+    x = torch.randn(1, 6, 8)
+    out, _ = moe(x)
+    out.square().sum().backward()
+    assert moe.router.weight.grad.abs().max() > 1e-6
+    # Switch, eq. 2: the expert's output times its probability.
+    token = x[0, 2]
+    prob = (moe.router.weight @ token).softmax(0)
+    best = int(prob.argmax())
+    dense = FFNS.build(Component("swiglu"), Dims.of(settings), "gelu")
+    dense.load_state_dict({n: p[best] for n, p in moe.experts.named_parameters()})
+    torch.testing.assert_close(out[0, 2], prob[best] * dense(token), rtol=1e-4, atol=1e-6)
+
+
 def test_balance_loss() -> None:
     even = torch.full((4,), 0.25)
     assert Routing(even, even).balance_loss().item() == pytest.approx(1.0)

@@ -452,6 +452,22 @@ def test_best_checkpoint_is_kept_and_hooks_run_on_time(
     assert same_weights(plain.checkpoint, result.checkpoint)
 
 
+def test_the_load_of_every_expert_is_logged(
+    make_trainer: Trainers, make_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    model = make_model(moe={"n_experts": 4, "top_k": 2})
+    make_trainer(tmp_path, model=model, max_steps=2).fit()
+    logged = rows(tmp_path)
+    assert len(logged) == 2
+    for row in logged:
+        for layer in (0, 1):
+            load = row[f"expert_load.layer.{layer}"]
+            assert len(load) == 4
+            assert sum(load) == pytest.approx(1.0)
+            assert all(0 <= share <= 0.5 for share in load)
+        assert row["balance_loss"] > 0
+
+
 def test_no_evaluation_between_start_and_end(make_trainer: Trainers, tmp_path: Path) -> None:
     folder = tmp_path / "pretrain"
     make_trainer(folder, evaluate=lambda model: {"loss": 1.0}, eval_every=0).fit()

@@ -76,6 +76,27 @@ def test_gradient_is_that_of_the_mean_over_tokens(make_model: Models, make_confi
         torch.testing.assert_close(actual[name].double(), p.grad, rtol=1e-4, atol=1e-6)
 
 
+def test_the_balance_loss_is_learned_from_and_not_logged(
+    make_model: Models, make_config: Configs
+) -> None:
+    moe = {"n_experts": 4, "top_k": 2, "balance_coef": 0.5}
+    whole, config = ragged_rows(), make_config(max_grad_norm=1e9)
+    model = make_model(dropout=0.0, moe=moe)
+    with_it, stats = gradients(model, [whole], config)
+    plain = make_model(dropout=0.0, moe={**moe, "balance_coef": 0.0})
+    without, plain_stats = gradients(plain, [whole], config)
+    assert stats.loss == plain_stats.loss
+
+    fresh = make_model(dropout=0.0, moe=moe)
+    fresh(whole.tokens_BT)
+    fresh.aux_loss().backward()
+    name = "blocks.0.moe.router.weight"
+    own = fresh.get_parameter(name).grad
+    assert own.norm() > 1e-4
+    torch.testing.assert_close(with_it[name] - without[name], own, rtol=1e-3, atol=1e-6)
+    assert float(stats.metrics["balance_loss"]) == pytest.approx(float(fresh.aux_loss()))
+
+
 def test_gradient_is_clipped_once_to_the_norm(make_model: Models, make_config: Configs) -> None:
     free, stats = gradients(make_model(), split(ragged_rows(), 2), make_config(max_grad_norm=1e9))
     clipped, same = gradients(make_model(), split(ragged_rows(), 2), make_config(max_grad_norm=0.1))

@@ -17,6 +17,7 @@ from modern_llm.alignment.stages.evaluate import POLICIES
 from modern_llm.config import TRAINED_STAGES, DataConfig, PipelineConfig, SourceConfig
 from modern_llm.data.sources import open_source
 from modern_llm.data.sources.hub import stay_offline_if_unreachable
+from modern_llm.data.templates import MIN_PROMPT_TOKENS
 from modern_llm.data.tokenizer import MIN_IDS, build_tokenizer
 from modern_llm.errors import CheckpointError, ConfigError, ModernLLMError, ProtectedPathError
 from modern_llm.models import ModernDecoderLM
@@ -34,7 +35,6 @@ from modern_llm.training.throughput import peak_flops
 ASSUMED_MFU = 0.4  # share of the device's peak that a plan counts on
 STATE_BYTES = 16  # a parameter's fp32 weight, gradient and two moments
 WEIGHT_BYTES = 4
-MIN_PROMPT_TOKENS = 3  # the markers around a prompt
 ANSWERED = ("instruct", "problems")
 STAGE_KINDS = {"pretrain": ("text",), "sft": ANSWERED, "dpo": ("pairs",), "verifier": ("problems",)}
 

@@ -11,6 +11,7 @@ from modern_llm.runtime.devices import autocast
 from modern_llm.runtime.seeding import derive_seed
 
 SAMPLE_BATCH = 256  # rows that are decoded together
+COMPLETION_TEMPERATURE = 0.8
 
 
 @dataclass(frozen=True)
@@ -96,3 +97,26 @@ def _complete(
             model, rows, **options,
             eos_id=tokenizer.eos_id, n_vocab=tokenizer.n_vocab, batch_size=SAMPLE_BATCH,
         )  # fmt: skip
+
+
+def continue_text(
+    model: ModernDecoderLM,
+    tokenizer: Tokenizer,
+    text: str,
+    *,
+    max_new_tokens: int,
+    precision: str = "fp32",
+) -> str:
+    """What the model goes on with after plain text, drawn with a fixed seed.
+
+    A text that leaves no room for ``max_new_tokens`` is cut from its start.
+    """
+    room = model.config.max_seq_len - max_new_tokens - 1
+    ids = tokenizer.encode(text)
+    row = [tokenizer.bos_id, *ids[max(0, len(ids) - room) :]]
+    (done,) = sample_ids(
+        model, tokenizer, [row],
+        max_new_tokens=max_new_tokens, temperature=COMPLETION_TEMPERATURE, seeds=[0],
+        precision=precision,
+    )  # fmt: skip
+    return tokenizer.decode(done)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from modern_llm.alignment.preferences import pair_logprobs
-from modern_llm.alignment.sampling import Answer, sample_ids, sample_texts
+from modern_llm.alignment.sampling import Answer, continue_text, sample_texts
 from modern_llm.config import EvalTask, PipelineConfig, ReasoningTask
 from modern_llm.data.collate import collate_pairs
 from modern_llm.data.prepare import pair_store
@@ -228,12 +228,10 @@ class Suite:
                     {"task": kind, "prompt": prompt_text(prompt), "text": text}
                     for prompt, text in zip(prompts, texts, strict=True)
                 ]
-        room = model.config.max_seq_len - self.tasks.sample_tokens - 1
-        for text in self.tasks.completions:  # a long one is cut from its start
-            ids = [tokenizer.bos_id, *tokenizer.encode(text)[-room:]]
-            done = sample_ids(
-                model, tokenizer, [ids], temperature=0.8, seeds=[0],
+        for text in self.tasks.completions:
+            done = continue_text(
+                model, tokenizer, text,
                 max_new_tokens=self.tasks.sample_tokens, precision=self.tasks.precision,
             )  # fmt: skip
-            shown.append({"task": "completion", "prompt": text, "text": tokenizer.decode(done[0])})
+            shown.append({"task": "completion", "prompt": text, "text": done})
         return shown

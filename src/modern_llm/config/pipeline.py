@@ -1,5 +1,6 @@
 """The whole run: model, data, the five stages, evaluation, paths."""
 
+from collections.abc import Mapping
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -22,6 +23,8 @@ from modern_llm.runtime.artifacts import sha256_json, to_json
 
 STAGES = ("pretrain", "sft", "dpo", "verifier", "eval")
 TRAINED_STAGES = STAGES[:-1]
+# What a stage does not take from the section that all share, because it would do nothing there.
+NOT_SHARED = {"sft": {"doc_mask"}, "dpo": {"doc_mask", "seq_len"}, "verifier": {"doc_mask"}}
 
 
 class StageConfig(Schema):
@@ -29,11 +32,16 @@ class StageConfig(Schema):
 
     data: list[SourceConfig] = Field(min_length=1)
     validation: list[SourceConfig] | None = None  # default: the validation split of ``data``
-    max_validation_rows: PositiveInt | None = None  # rows of each validation source; None: all
     training: TrainingConfig
 
 
-class PretrainConfig(StageConfig):
+class RowsConfig(StageConfig):
+    """A stage that learns the rows of its sources."""
+
+    max_validation_rows: PositiveInt | None = None  # rows of each validation source; None: all
+
+
+class PretrainConfig(RowsConfig):
     """Next-token prediction on packed text."""
 
     @model_validator(mode="after")
@@ -42,11 +50,11 @@ class PretrainConfig(StageConfig):
         return self
 
 
-class SFTConfig(StageConfig):
+class SFTConfig(RowsConfig):
     """Supervised fine-tuning on prompts and answers; only the answer and its EOS are learned."""
 
 
-class DPOConfig(StageConfig):
+class DPOConfig(RowsConfig):
     """Direct preference optimisation against the frozen SFT model."""
 
     loss: Literal["sigmoid", "ipo"] = "sigmoid"
@@ -214,7 +222,10 @@ class PipelineConfig(Schema):
             own = section.get("training", {})
             if not isinstance(own, dict):
                 continue
-            training = {**defaults, **shared, **own}
+            unused = NOT_SHARED.get(stage, set())
+            training = {k: v for k, v in {**defaults, **shared}.items() if k not in unused} | own
+            if stage == "dpo":
+                training.setdefault("seq_len", _pair_tokens(section))
             if cap and (steps := count_of(training.get("max_steps"))):
                 training["max_steps"] = min(cap, steps)
             value[stage] = {**section, "training": training}
@@ -222,7 +233,8 @@ class PipelineConfig(Schema):
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
-        if problems := [*self._length_problems(), *self._weight_problems()]:
+        checks = (self._length_problems, self._weight_problems, self._unused_problems)
+        if problems := [problem for check in checks for problem in check()]:
             raise ValueError("\n".join(problems))
         return self
 
@@ -231,6 +243,7 @@ class PipelineConfig(Schema):
         problems = [
             f"{stage}.training.seq_len={length} exceeds model.max_seq_len={self.model.max_seq_len}"
             for stage in TRAINED_STAGES
+            if stage != "dpo"  # both answers of a row go on from the prompt's positions
             if (length := self.stage(stage).training.seq_len) > self.model.max_seq_len
         ]
         pair = self.dpo.max_prompt_tokens + self.dpo.max_answer_tokens
@@ -263,6 +276,22 @@ class PipelineConfig(Schema):
             if source.weight is not None
         ]
 
+    def _unused_problems(self) -> list[str]:
+        """Fields of ``training`` that would do nothing in their stage."""
+        problems = [
+            f"{stage}.training.doc_mask=true has no effect here: only pretrain joins documents "
+            "in a row (sft always keeps its examples apart)"
+            for stage in NOT_SHARED
+            if self.stage(stage).training.doc_mask
+        ]
+        given, row = self.dpo.training.seq_len, _pair_tokens(vars(self.dpo))
+        if given != row:
+            problems.append(
+                f"dpo.training.seq_len={given} has no effect here: a row has max_prompt_tokens + "
+                f"2 * max_answer_tokens = {row}; leave it out"
+            )
+        return problems
+
     def stage(self, name: str) -> StageConfig:
         """Section of a trained stage."""
         section: StageConfig = getattr(self, name)
@@ -280,6 +309,16 @@ class PipelineConfig(Schema):
             for key in ("log_every", "save_every", "keep_last"):
                 value[stage]["training"].pop(key)
         return sha256_json(value)
+
+
+def _pair_tokens(section: Mapping[str, Any]) -> int:
+    """Tokens of DPO's longest row, a prompt and both answers, before or after validation."""
+    fields = DPOConfig.model_fields
+    prompt, answer = (
+        count_of(section.get(name, fields[name].default)) or 1
+        for name in ("max_prompt_tokens", "max_answer_tokens")
+    )
+    return prompt + 2 * answer
 
 
 def check_run_name(name: str) -> str:

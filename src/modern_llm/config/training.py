@@ -24,7 +24,7 @@ class TrainingConfig(Schema):
     max_steps: PositiveInt
     batch_size: PositiveInt = 32  # rows of one optimizer step, over all micro-batches and ranks
     micro_batch_size: PositiveInt  # rows of one forward pass on one rank; default: batch_size
-    seq_len: PositiveInt  # tokens of a row; default: model.max_seq_len
+    seq_len: PositiveInt  # tokens of a row; default: model.max_seq_len (dpo: that of a pair)
     optimizer: Component = Component("adamw")
     lr: PositiveFloat = 3e-4
     # learning rate / lr when the last step is done
@@ -38,7 +38,7 @@ class TrainingConfig(Schema):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"  # auto: what the device is fast in
     compile: bool = False
     activation_checkpointing: bool = False
-    doc_mask: bool = False  # documents packed in one row do not see each other
+    doc_mask: bool = False  # pretrain: documents packed in one row do not see each other
     distributed: Literal["none"] = "none"
     device: str = "auto"
     threads: PositiveInt | None = None  # CPU threads; default: torch's choice

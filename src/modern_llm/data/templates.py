@@ -17,7 +17,7 @@ from modern_llm.runtime.artifacts import sha256_json
 
 ALPACA_WITH_INPUT = "{instruction}\n\nInput:\n{input}"
 ALPACA_WITHOUT_INPUT = "{instruction}"
-N_MARKERS = 3  # of a cut prompt: <|bos|><|user|> ... <|assistant|>
+MIN_PROMPT_TOKENS = 3  # the markers around a prompt
 HH_USER, HH_ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
 
@@ -113,7 +113,7 @@ def truncate_prompt(ids: list[int], max_tokens: int) -> list[int]:
     Raises:
         ConfigError: ``max_tokens`` leaves no room for the markers.
     """
-    if max_tokens < N_MARKERS:
+    if max_tokens < MIN_PROMPT_TOKENS:
         raise ConfigError(f"max_prompt_tokens={max_tokens} has no room for the three markers")
     return ids if len(ids) <= max_tokens else [*ids[:2], *ids[2 - max_tokens :]]
 

@@ -22,8 +22,9 @@ class Update:
     """Moves a model's weights by one optimizer step at a time.
 
     The loss is one mean over every unit of the step, so that the split into micro-batches cannot
-    change the gradient. The gradient is clipped once, after unscaling. The weights are touched
-    only when loss and gradient are finite.
+    change its gradient (that of the experts' balance loss it can, see `objectives`). The gradient
+    is clipped once, after unscaling. The weights are touched only when loss and gradient are
+    finite.
 
     Args:
         model: on ``device`` already.
@@ -98,7 +99,8 @@ class Update:
         for batch in micro_batches:
             with autocast(self.device, self.config.precision):
                 terms = self.objective(self.model, batch.to(self.device))
-            torch.autograd.backward(self.scaler.scale(terms.loss_sum / units))
+            total = terms.loss_sum if terms.aux_sum is None else terms.loss_sum + terms.aux_sum
+            torch.autograd.backward(self.scaler.scale(total / units))
             loss_sum += terms.loss_sum.detach()
             for name, value in terms.metrics.items():
                 metrics[name] = metrics[name] + value if name in metrics else value
