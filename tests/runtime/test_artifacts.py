@@ -26,13 +26,12 @@ from modern_llm.runtime.artifacts import (
     published_folder,
     sha256_file,
     sha256_json,
-    sibling_names,
-    standing_siblings,
     to_json,
     write_bytes,
     write_json,
     write_text,
 )
+from modern_llm.runtime.names import sibling_names, standing_siblings
 
 STAMPED = re.compile(r"result_\d{8}-\d{6}(-\d+)?\.json")
 MakeDisk = Callable[..., Path]

@@ -16,11 +16,11 @@ from modern_llm.runtime.artifacts import (
     back_up,
     locked,
     new_folder,
-    standing_siblings,
     write_json,
 )
 from modern_llm.runtime.environment import environment
 from modern_llm.runtime.logs import get_logger
+from modern_llm.runtime.names import standing_siblings
 
 log = get_logger(__name__)
 

@@ -19,10 +19,10 @@ from modern_llm.models import ModernDecoderLM
 from modern_llm.runtime.artifacts import (
     Policy,
     published_folder,
-    sibling_names,
     to_json,
     write_text,
 )
+from modern_llm.runtime.names import sibling_names
 from modern_llm.training.checkpoint import Checkpoint, load_model_weights, read_checkpoint
 from modern_llm.training.handover import model_config, read_tokenizer
 

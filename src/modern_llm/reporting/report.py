@@ -15,13 +15,12 @@ from modern_llm.reporting.values import Run
 from modern_llm.runtime.artifacts import (
     Policy,
     published_folder,
-    sibling_names,
-    standing_siblings,
     to_json,
     write_bytes,
     write_json,
     write_text,
 )
+from modern_llm.runtime.names import sibling_names, standing_siblings
 
 
 def report_path(run: Path, report_dir: Path) -> Path:

@@ -11,19 +11,17 @@ import hashlib
 import json
 import math
 import os
-import re
-import secrets
 import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import IO, Any, Literal
 
 from modern_llm.errors import ConfigError, DataError, ProtectedPathError
 from modern_llm.runtime.logs import get_logger
+from modern_llm.runtime.names import backup_name, sibling_names, staging_name
 
 Policy = Literal["timestamp", "skip", "replace"]
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)
@@ -58,39 +56,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     return value
-
-
-def sibling_names(path: Path, *, suffix: str = "") -> Iterator[Path]:
-    """``path``, then siblings with the UTC time (and a counter) before ``suffix``, for ever.
-
-    A folder has no suffix, whatever dots are in its name.
-    """
-    yield path
-    stem, stamp = path.name.removesuffix(suffix), datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-    yield path.with_name(f"{stem}_{stamp}{suffix}")
-    count = 2
-    while True:
-        yield path.with_name(f"{stem}_{stamp}-{count}{suffix}")
-        count += 1
-
-
-def standing_siblings(path: Path, *, suffix: str = "") -> list[Path]:
-    """Those names of `sibling_names`, of any time, that exist; the newest first."""
-    stem = re.escape(path.name.removesuffix(suffix))
-    form = re.compile(rf"{stem}(_\d{{8}}-\d{{6}}(-\d+)?)?{re.escape(suffix)}")
-    found = [name for name in path.parent.glob("*") if form.fullmatch(name.name)]
-    return sorted(found, key=lambda name: name.stat().st_mtime, reverse=True)
-
-
-def staging_name(path: Path) -> Path:
-    """Hidden sibling that becomes ``path``; processes of two machines never share one."""
-    return path.with_name(f".tmp-{path.name}-{os.getpid()}-{secrets.token_hex(4)}")
-
-
-def backup_name(path: Path) -> Path:
-    """``<name>.bak-<time>`` beside ``path``, to the microsecond."""
-    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f")
-    return path.with_name(f"{path.name}.bak-{stamp}")
 
 
 def back_up(path: Path) -> Path:
