@@ -20,14 +20,12 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from modern_llm.errors import ConfigError, DataError, ProtectedPathError
-from modern_llm.runtime.logs import get_logger
 from modern_llm.runtime.names import backup_name, sibling_names, staging_name
 
 Policy = Literal["timestamp", "skip", "replace"]
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)
 NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
 FULL = (errno.ENOSPC, errno.EDQUOT)
-log = get_logger(__name__)
 
 
 def sha256_file(path: Path) -> str:
@@ -110,7 +108,9 @@ def _claim(temporary: Path, name: Path) -> None:
 
 @cache
 def _tell_no_locks(folder: Path) -> None:
-    log.warning(
+    from modern_llm.runtime.logs import get_logger  # and with it rich, for --help to do without
+
+    get_logger(__name__).warning(
         "%s: its file system has no locks; nothing stops a second process that writes there", folder
     )
 
