@@ -55,9 +55,11 @@ class ModelConfig(Schema):
     norm_position: Literal["pre", "post"] = "pre"
     norm_eps: PositiveFloat = 1e-5
     position: Component = Component("rope")
-    attention: Literal["full", "window"] = "full"
-    attention_backend: Literal["auto", "sdpa", "blocks", "manual"] = "auto"
+    attention: Literal["full", "window", "linear"] = "full"
+    attention_backend: Literal["auto", "sdpa", "blocks", "manual", "flex"] = "auto"
+    softcap: PositiveFloat | None = None  # attention logits are kept below it, smoothly
     window: PositiveInt | None = None  # keys that a query sees, itself included
+    window_pattern: str = Field("S", pattern="^[SL]+$")  # S: a layer with the window, L: without
     n_sinks: NonNegativeInt = 0  # first tokens that stay visible beside the window
     sink: Literal["none", "learned"] = "none"  # learned: a logit per head in the denominator
     ffn: Component = Component("swiglu")
