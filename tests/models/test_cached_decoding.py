@@ -15,10 +15,18 @@ KINDS = {
     "window": {"attention": "window", "window": 3},
     "window+streaming sinks": {"attention": "window", "window": 3, "n_sinks": 2},
     "learned sink": {"sink": "learned"},
+    "window in some layers": {"attention": "window", "window": 3, "window_pattern": "SL"},
+    "capped logits": {"softcap": 2.0},
+    "linear": {"attention": "linear"},
     "window+both sinks": {"attention": "window", "window": 4, "n_sinks": 1, "sink": "learned"},
 }
 COMBINATIONS = [
-    *itertools.product(POSITIONS, KINDS, KERNELS, [1, 4], ["rmsnorm"], ["swiglu"], [None]),
+    combination
+    for combination in itertools.product(
+        POSITIONS, KINDS, KERNELS, [1, 4], ["rmsnorm"], ["swiglu"], [None]
+    )
+    if combination[1:3] != ("capped logits", "sdpa")  # refused
+] + [
     *itertools.product(["rope"], ["full"], ["sdpa"], [2], NORMS, FFNS, [None, {"n_experts": 4}]),
 ]
 
