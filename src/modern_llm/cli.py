@@ -20,8 +20,10 @@ from modern_llm.runtime.artifacts import Policy
 from modern_llm.runtime.signals import stop_at_once
 
 EXIT_CODES = """exit codes:
-  0 done   2 config   3 data   4 checkpoint   5 diverged   6 protected or unwritable path
-  75 stopped by a signal after saving: the same command goes on   130 interrupted"""
+  0 done   1 'verify' found problems, or a bug with its traceback   2 config   3 data
+  4 checkpoint   5 diverged   6 protected or unwritable path
+  75 stopped by a signal after saving: the same command (without --force) goes on
+  130 interrupted"""
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +52,8 @@ def _add_policy(parser: argparse.ArgumentParser) -> None:
 
 def _config(args: argparse.Namespace) -> PipelineConfig:
     """Config of the flags: a flag becomes an override, so that one rule serves both."""
-    own: dict[str, object] = {"name": args.run_name, "max_steps": args.max_steps}
+    max_steps = getattr(args, "max_steps", None)  # where nothing is trained, there is no such flag
+    own: dict[str, object] = {"name": args.run_name, "max_steps": max_steps}
     if args.output_dir is not None:
         out: Path = args.output_dir
         own |= {"paths.output": out, "paths.report": out / "report"}
@@ -59,10 +62,14 @@ def _config(args: argparse.Namespace) -> PipelineConfig:
     return load_config(args.config, [*args.overrides, *flags])
 
 
+def _add_place(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output-dir", type=Path, help="write everything below this folder")
+    parser.add_argument("--run-name", help="name of what is written")
+
+
 def _run_arguments(parser: argparse.ArgumentParser) -> None:
     _add_config(parser)
-    parser.add_argument("--output-dir", type=Path, help="write everything below this folder")
-    parser.add_argument("--run-name", help="name of the run's folder and report")
+    _add_place(parser)
     parser.add_argument("--max-steps", type=int, help="cap each trained stage (smoke runs)")
     parser.add_argument("--resume", action="store_true", help="go on with a run, or refuse")
     parser.add_argument(
@@ -104,17 +111,17 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _conclude(run: Path, config: PipelineConfig, *, changed: bool, on_exists: Policy) -> None:
-    """Write report and ledger, unless nothing was computed and a report stands; show both."""
+    """Write report and ledger, unless the newest report tells all that there is; show both."""
     from modern_llm.reporting.console import print_summary
     from modern_llm.reporting.ledger import record_scores
-    from modern_llm.reporting.report import report_path, write_report
+    from modern_llm.reporting.report import is_current, newest_report, write_report
 
-    path = report_path(run, config.paths.report)
-    if changed or not path.exists():
+    path = newest_report(run, config.paths.report)
+    if changed or path is None or not is_current(path, run):
         path = write_report(run, config.paths.report, on_exists=on_exists) or path
     record_scores(run, config.paths.ledger)  # each once, also after a stop before this line
     print_summary(run)
-    print(f"run:    {run}\nreport: {path}")
+    print(f"run:    {run}\nreport: {path or 'none'}")
 
 
 def _eval_arguments(parser: argparse.ArgumentParser) -> None:
@@ -129,7 +136,9 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _compare_arguments(parser: argparse.ArgumentParser) -> None:
-    _run_arguments(parser)
+    _add_config(parser)
+    _add_place(parser)
+    _add_policy(parser)
     parser.add_argument(
         "--checkpoints", nargs="+", type=Path, required=True, metavar="PATH",
         help="checkpoint folders; the first is what the others are compared with",
@@ -145,13 +154,12 @@ def _compare(args: argparse.Namespace) -> int:
     folders = [path for path in args.checkpoints if "=" not in str(path) or path.exists()]
     args.overrides += [str(path) for path in args.checkpoints if path not in folders]
     config = _config(args)
-    from modern_llm.alignment.comparison import compare_checkpoints
+    from modern_llm.alignment.comparison import compare_checkpoints, comparison_path
 
     written = compare_checkpoints(
         config, folders, baselines=args.baseline, on_exists=args.on_exists
     )
-    if written is not None:
-        print(f"result: {written}")
+    print(f"result: {written}" if written else f"{comparison_path(config)} exists; left as it is")
     return 0
 
 
@@ -195,6 +203,10 @@ def _session_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     _session_arguments(parser)
+    parser.add_argument(
+        "--plain", action="store_true",
+        help="continue the text as it is, without the markers of a chat (after pretraining)",
+    )  # fmt: skip
     parser.add_argument("prompts", nargs="+", help="one answer to each")
 
 
@@ -203,7 +215,7 @@ def _generate(args: argparse.Namespace) -> int:
 
     session = load_model(args.checkpoint, device=args.device)
     sampler = Sampler(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed)
-    for reply in session.complete(args.prompts, sampler=sampler):
+    for reply in session.complete(args.prompts, sampler=sampler, plain=args.plain):
         print(reply.text)
     return 0
 
@@ -277,7 +289,7 @@ COMMANDS = {
     "report": Command("rebuild the report of a run from its files", _report_arguments, _report),
     "verify": Command("check the record of a run", _verify_arguments, _verify),
     "plan": Command("check a config and print what it takes", _plan_arguments, _run),
-    "generate": Command("answer prompts", _generate_arguments, _generate),
+    "generate": Command("answer prompts, or continue texts", _generate_arguments, _generate),
     "chat": Command("talk with a checkpoint", _session_arguments, _chat),
     "export": Command("write a checkpoint for transformers", _export_arguments, _export),
     "prepare-data": Command("tokenize the data of a config ahead", _add_config, _prepare),
@@ -299,7 +311,8 @@ def _guarded(execute: Callable[[argparse.Namespace], int], args: argparse.Namesp
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from what was saved", file=sys.stderr)
+        told = "interrupted; the same command goes on from what was saved (without --force)"
+        print(told, file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output, such as head, is gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -5,9 +5,11 @@ from typing import Any
 
 import pytest
 
+from modern_llm.alignment import comparison
 from modern_llm.alignment.comparison import compare_checkpoints
 from modern_llm.config import load_config
 from modern_llm.errors import CheckpointError
+from modern_llm.models import ModernDecoderLM
 
 Places = Callable[..., Any]
 PERPLEXITY_ONLY = ("eval.reasoning=null", "eval.preference=null")
@@ -76,14 +78,20 @@ def test_a_baseline_beside_them(
     assert "not evaluated: baseline gpt2-of-nobody" in " ".join(capsys.readouterr().out.split())
 
 
-def test_results_are_protected(place: Places, tiny_run: Any) -> None:
+def test_results_are_protected(
+    place: Places, tiny_run: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     here = place()
     path = tiny_run.run / "sft" / "final"
     arguments = (*PERPLEXITY_ONLY, "--checkpoints", path)
     assert compare(here, *arguments) == 0
     folder = here.folder / "runs" / "tiny-comparison"
     before = (folder / "comparison.json").read_bytes()
-    assert compare(here, *arguments, "--no-overwrite") == 0
+    capsys.readouterr()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(comparison, "load_policy", refuse)  # nothing is evaluated in vain
+        assert compare(here, *arguments, "--no-overwrite") == 0
+    assert "comparison.json exists; left as it is" in capsys.readouterr().out
     assert [p.name for p in folder.iterdir()] == ["comparison.json"]
     assert compare(here, *arguments) == 0
     assert len(list(folder.iterdir())) == 2
@@ -105,6 +113,47 @@ def test_wrong_checkpoints_are_refused(
     assert not (here.folder / "runs").exists()
     with pytest.raises(CheckpointError):
         compare_checkpoints(load_config(here.config), [tmp_path])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "rule"),
+    [
+        (["--checkpoints", "{sft}", "{nowhere}"], 4, "nowhere"),
+        (["--checkpoints", "{sft}", "{verifier}"], 4, "does not fit this model"),
+        (["--checkpoints", "{sft}", "--baseline", "x", "--baseline", "x"], 2, "one model twice"),
+        (["--checkpoints", "{sft}", "--baseline", "{sft}"], 2, "one model twice"),
+        (["--checkpoints", "{sft}", "eval.reasoning.max_new_tokens=200"], 2,
+         "sft/final: eval.reasoning.max_new_tokens=200 leaves no room for a prompt"),
+        (["--checkpoints", "{sft}", "eval.sample_tokens=126"], 2, "eval.sample_tokens=126"),
+        (["--checkpoints", "{sft}", "eval.preference.source.name=gsm8k"], 2, "gsm8k"),
+        (["--checkpoints", "{sft}", "eval.preference.source.kind=text"], 2, "kind 'text'"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_told_before_the_first_forward(
+    place: Places, tiny_run: Any, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch, arguments: list[str], code: int, rule: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(ModernDecoderLM, "forward", refuse)
+    here = place()
+    places = {s: tiny_run.run / s / "final" for s in ("sft", "verifier", "nowhere")}
+    assert compare(here, *(argument.format(**places) for argument in arguments)) == code
+    assert rule in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flag", ["--dry-run", "--resume", "--allow-data-change", "--max-steps=3"]
+)  # fmt: skip
+def test_flags_that_would_do_nothing_are_unknown(
+    place: Places, tiny_run: Any, capsys: pytest.CaptureFixture[str], flag: str
+) -> None:
+    with pytest.raises(SystemExit) as done:
+        compare(place(), "--checkpoints", tiny_run.run / "sft" / "final", flag)
+    assert done.value.code == 2
+    assert f"unrecognized arguments: {flag}" in capsys.readouterr().err
+
+
+def refuse(*args: Any, **kwargs: Any) -> Any:
+    raise AssertionError("a model was evaluated")
 
 
 def test_checkpoints_of_two_sizes(place: Places, tiny_run: Any) -> None:

@@ -134,6 +134,17 @@ def test_a_run_of_another_name_is_another_run(place: Places) -> None:
     assert read(here.run / "config.json")["name"] == "tiny"
 
 
+def test_a_run_with_a_dot_in_its_name_is_found_again(place: Places) -> None:
+    here = place()
+    arguments = ("--run-name", "v0.1", "--stage", "pretrain", "--max-steps", 1)
+    assert here.main(*arguments) == 0
+    assert here.main(*arguments, "pretrain.training.lr=0.5") == 0
+    old, new = here.runs()
+    assert old == "v0.1" and re.fullmatch(r"v0\.1_\d{8}-\d{6}", new)
+    assert here.main(*arguments, "pretrain.training.lr=0.5") == 0
+    assert here.runs() == [old, new]
+
+
 def test_no_overwrite_leaves_another_run_alone(
     place: Places, tiny_run: Any, snapshot: Snapshot, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -347,6 +358,107 @@ def test_eval_of_nothing_says_so(place: Places, capsys: pytest.CaptureFixture[st
     assert not (here.folder / "runs").exists()
 
 
+# --- eval follows the checkpoints
+
+
+def evaluated(run: Path) -> dict[str, str]:
+    """Hash of the checkpoint that eval scored, by stage."""
+    models = read(run / "eval" / "result.json")["models"]
+    return {model["stage"]: model["checkpoint"]["sha256"] for model in models}
+
+
+def finals(run: Path) -> dict[str, str]:
+    names = ("pretrain", "sft", "dpo")
+    folders = {name: run / name / "final" / "manifest.json" for name in names}
+    return {name: sha256_file(path) for name, path in folders.items() if path.exists()}
+
+
+def metrics_of(run: Path, stage: str) -> dict[str, float]:
+    models = read(run / "eval" / "result.json")["models"]
+    scores = next(model["scores"] for model in models if model["stage"] == stage)
+    return {score["metric"]: score["value"] for score in scores}
+
+
+def test_eval_is_done_again_when_there_is_more_to_evaluate(
+    place: Places, snapshot: Snapshot, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here = place()
+    assert here.main("--stage", "pretrain") == here.main("--stage", "eval", report=True) == 0
+    old = snapshot(here.run / "eval")
+    assert list(evaluated(here.run)) == ["pretrain"]
+    capsys.readouterr()
+    assert here.main(report=True) == 0
+    assert evaluated(here.run) == finals(here.run)
+    assert list(evaluated(here.run)) == ["pretrain", "sft", "dpo"]
+    (backup,) = here.run.glob("eval.bak-*")
+    assert snapshot(backup) == old
+
+    # The report of the whole run is beside that of its first stage, and is the one that is named.
+    first = here.folder / "report" / "tiny_report.md"
+    (newest,) = (path for path in first.parent.glob("*.md") if path != first)
+    assert "Finished: pretrain, eval." in first.read_text()
+    assert "Finished: pretrain, sft, dpo, verifier, eval." in newest.read_text()
+    assert f"report: {newest}\n" in capsys.readouterr().out
+    before = snapshot(here.folder)
+    assert here.main(report=True) == 0
+    assert f"report: {newest}\n" in capsys.readouterr().out
+    assert snapshot(here.folder) == before
+
+
+def test_a_report_that_was_missed_is_written_later(
+    place: Places, snapshot: Snapshot, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The process ended between a stage and its report, and an older report stands."""
+    here = place()
+    assert here.main("--stage", "pretrain", report=True) == here.main("--stage", "eval") == 0
+    assert here.main("--stage", "eval", report=True) == 0
+    first = here.folder / "report" / "tiny_report.md"
+    (newest,) = (path for path in first.parent.glob("*.md") if path != first)
+    assert "Finished: pretrain, eval." in newest.read_text()
+    assert f"report: {newest}\n" in capsys.readouterr().out
+
+
+def test_eval_is_done_again_when_a_checkpoint_was_replaced(
+    place: Places, tiny_run: Any, snapshot: Snapshot, caplog: pytest.LogCaptureFixture
+) -> None:
+    here = place(tiny_run.run)
+    old, before = evaluated(here.run), snapshot(here.run / "eval")
+    parent = ("--checkpoint", here.run / "pretrain" / "final")
+    assert here.main("--stage", "dpo", *parent, "--force") == 0
+    assert finals(here.run)["dpo"] != old["dpo"]
+    assert here.main("--stage", "eval", "--no-overwrite") == 0
+    assert snapshot(here.run / "eval") == before
+    assert "is of other checkpoints than now; left" in caplog.text
+
+    assert here.main("--stage", "eval") == 0
+    assert evaluated(here.run) == finals(here.run)
+    (backup,) = here.run.glob("eval.bak-*")
+    assert snapshot(backup) == before
+    # What dpo is compared with is the policy that it was tuned from.
+    assert "implicit_reward_accuracy" in metrics_of(here.run, "dpo")
+    told = {
+        row["what"]: row["why"] for row in read(here.run / "eval" / "result.json")["not_evaluated"]
+    }
+    assert "another checkpoint than this policy" in told["choice by the verifier"]
+    reasoning = read(here.run / "eval" / "result.json")["reasoning"]
+    assert reasoning["verifier_sha256"] is None and reasoning["auroc"] is None
+
+
+def test_a_policy_is_not_compared_with_what_it_was_not_tuned_from(
+    place: Places, tiny_run: Any
+) -> None:
+    assert "implicit_reward_accuracy" in metrics_of(tiny_run.run, "dpo")
+    here = place(tiny_run.run)
+    shutil.rmtree(here.run / "sft")
+    shutil.copytree(here.run / "pretrain", here.run / "sft")  # any policy but that of dpo
+    assert here.main("--stage", "eval") == 0
+    assert "implicit_reward_accuracy" not in metrics_of(here.run, "dpo")
+    result = read(here.run / "eval" / "result.json")
+    told = {row["what"]: row["why"] for row in result["not_evaluated"]}
+    assert "was tuned from is not evaluated" in told["implicit_reward_accuracy"]
+    assert result["reasoning"]["verifier_sha256"]  # which is of this policy
+
+
 # --- stopping and going on
 
 
@@ -384,6 +496,21 @@ def test_a_signal_stops_after_the_step_and_the_next_start_goes_on(
     assert stops == [f"signal:{signal.Signals(number).name}", "finished"]
     assert [row["step"] for row in rows if row["kind"] == "train"] == [1, 2, 3]
     assert read(here.run / "dpo" / "result.json")["provenance"]["restarts"] == 1
+
+
+def test_a_forced_stage_that_was_stopped_goes_on_without_force(
+    place: Places, tiny_run: Any, equal_weights: Equal, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here = place(tiny_run.run)
+    with pytest.MonkeyPatch.context() as patch:
+        stop_in(patch, "dpo", 2, signal.SIGTERM)
+        assert here.main("--stage", "dpo", "--force") == 75
+    assert "the same command goes on from there (without --force)" in capsys.readouterr().err
+    assert here.main("--stage", "dpo", "--resume", "--force") == 2
+    assert here.main("--stage", "dpo") == 0
+    assert len(list(here.run.glob("dpo.bak-*"))) == 1
+    assert read(here.run / "dpo" / "result.json")["provenance"]["restarts"] == 1
+    assert equal_weights(here.run / "dpo" / "final", tiny_run.run / "dpo" / "final")
 
 
 def test_a_signal_in_the_last_step_is_not_lost(place: Places, tiny_run: Any) -> None:
@@ -498,8 +625,8 @@ def test_a_run_that_diverges_publishes_nothing(
     changes = ("pretrain.training.lr=1e30", "pretrain.training.warmup=0", "training.save_every=1")
     assert here.main("--stage", "pretrain", *changes) == 5
     told = capsys.readouterr().err
-    assert "grad_norm=nan; last good checkpoint:" in told
-    assert "step-00000001; lower training.lr" in told
+    assert "grad_norm=nan; lower training.lr, or look at the data; last good checkpoint:" in told
+    assert told.rstrip().endswith("step-00000001")
     assert not (here.run / "pretrain" / "final").exists()
     for checkpoint in (here.run / "pretrain").glob("checkpoints/step-*"):
         weights = read_checkpoint(checkpoint).weights

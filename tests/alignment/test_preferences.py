@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from modern_llm.alignment.preferences import DPOObjective, dpo_loss, ipo_loss, pair_logprobs
+from modern_llm.alignment.sampling import sample_ids
+from modern_llm.alignment.stages import dpo
 from modern_llm.alignment.stages.dpo import DPOStage
 from modern_llm.config import DPOConfig, PipelineConfig, TrainingConfig
 from modern_llm.data.collate import PairBatch, collate_pairs
@@ -204,6 +206,50 @@ def test_metrics_are_sums_over_pairs(
     assert objective.units(collate_pairs(pair_records, rows)) == 3
 
 
+def test_a_tie_counts_one_half(make_model: Models, pair_records: TokenStore) -> None:
+    model, batch = make_model(), collate_pairs(pair_records, range(8))
+    with torch.no_grad():
+        before_P2 = pair_logprobs(model, batch)
+        before_P2[:2, 0] -= 1.0  # two won, five tied, one lost
+        before_P2[7, 0] += 1.0
+        terms = DPOObjective(options(), before_P2)(model, batch)
+    assert float(terms.metrics["accuracy"]) == 2 + 5 / 2
+
+
+def test_the_balance_loss_of_experts_is_no_part_of_the_loss(
+    make_model: Models, pair_records: TokenStore
+) -> None:
+    model = make_model(moe={"n_experts": 4, "top_k": 2, "balance_coef": 0.5})
+    batch = collate_pairs(pair_records, range(8))
+    with torch.no_grad():
+        reference_P2 = pair_logprobs(model, batch)
+    terms = DPOObjective(options(), reference_P2)(model, batch)
+    assert float(terms.loss_sum.detach()) / 8 == pytest.approx(LN2, abs=1e-5)
+    assert terms.aux_sum is not None
+    assert float(terms.aux_sum.detach()) == pytest.approx(8 * float(model.aux_loss().detach()))
+    terms.aux_sum.backward()
+    assert model.blocks[0].moe.router.weight.grad.any()
+
+
+def test_log_probabilities_are_float32_for_logits_in_bfloat16(pair_records: TokenStore) -> None:
+    rng = torch.Generator().manual_seed(2)
+    batch = collate_pairs(pair_records, range(8))
+    logits_MV = (torch.randn(batch.tokens_BT.numel(), 24, generator=rng) * 3).bfloat16()
+
+    class Head(torch.nn.Module):
+        def forward(self, tokens_BT: torch.Tensor, *, at_M: torch.Tensor, **_: Any) -> torch.Tensor:
+            return logits_MV[at_M]
+
+    actual_B2 = pair_logprobs(Head(), batch)
+    targets = batch.targets()
+    expected = np.zeros((8, 2))
+    logprob = logits_MV[targets.at_M].double().log_softmax(-1)
+    for i, (row, side) in enumerate(zip(targets.row_M, targets.rejected_M.long(), strict=True)):
+        expected[row, side] += float(logprob[i, targets.label_M[i]])
+    assert actual_B2.dtype == torch.float32
+    np.testing.assert_allclose(actual_B2.numpy(), expected, rtol=1e-5)
+
+
 def test_loss_at_the_reference(make_model: Models, pair_records: TokenStore) -> None:
     model = make_model()
     with torch.no_grad():
@@ -284,6 +330,35 @@ def test_policy_and_reference_are_the_same_model_with_dropout(
     with torch.no_grad():
         loss = float(stage.objective()(stage.build_model(), batch).loss_sum) / len(batch.index_B)
     assert loss == pytest.approx(LN2, abs=1e-5)
+
+
+def test_kl_is_that_of_the_policy_from_the_reference(
+    tiny: PipelineConfig, tiny_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = DPOStage(tiny, tmp_path, tiny_run.run / "sft" / "final")
+    reference, policy = stage.build_model(), stage.build_model()
+    assert stage.kl(policy).value == pytest.approx(0.0, abs=1e-4)
+    with torch.no_grad():
+        policy.embedding.weight.mul_(10.0)
+    drawn: list[tuple[list[int], list[int]]] = []
+
+    def noted(model: Any, tokenizer: Any, prompts: Any, **chosen: Any) -> list[list[int]]:
+        answers = sample_ids(model, tokenizer, prompts, **chosen)
+        drawn.extend(zip(prompts, answers, strict=True))
+        return answers
+
+    monkeypatch.setattr(dpo, "sample_ids", noted)
+    score = stage.kl(policy)
+    longest, end = tiny.dpo.max_answer_tokens, stage.tokenizer.eos_id
+    rows = [(p, a if len(a) == longest else [*a, end]) for p, a in drawn]
+    with torch.no_grad():
+        ratios = [
+            float(sequence_logprob(policy, *row) - sequence_logprob(reference, *row))
+            for row in rows
+        ]
+    assert score.n == len(rows) == len(stage.validation_store)
+    assert score.value == pytest.approx(sum(ratios) / len(ratios), rel=1e-4)
+    assert score.value > 0.1  # a policy is likelier under itself
 
 
 def test_a_policy_that_is_not_the_reference_is_refused(

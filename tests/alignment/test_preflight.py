@@ -120,6 +120,24 @@ def test_local_data_is_found(
     assert "wiki.valid.raw" in told(here, "eval.perplexity.0.split=validation")
 
 
+@pytest.mark.parametrize(
+    ("override", "rule"),
+    [
+        ("eval.device=cuda:7", "eval.device: 'cuda:7' is not"),
+        ("eval.device=tpu9", "eval.device: unknown device 'tpu9'"),
+        ("eval.precision=fp16", "eval.precision: fp16 needs a GPU"),
+    ],
+)
+def test_the_device_of_eval_is_checked_before_anything_is_trained(
+    place: Places, override: str, rule: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here = place()
+    assert here.main(override) == 2
+    assert rule in capsys.readouterr().err
+    assert not (here.folder / "runs").exists()
+    assert problems(here, override, stage="pretrain") == []  # which does not evaluate
+
+
 def test_lengths_of_pairs(place: Places) -> None:
     text = told(place(), "dpo.max_prompt_tokens=2", "dpo.max_answer_tokens=1")
     assert "dpo.max_prompt_tokens: at least 3" in text
@@ -229,4 +247,4 @@ def test_every_preset_has_a_plan(tmp_path: Path, offline: None) -> None:
         assert len(preflight.plan()) == 4
         assert preflight.cost.params > 0
         for problem in preflight.problems:  # of this machine, not of the preset
-            assert isinstance(problem, DataError) or "training.device" in str(problem)
+            assert isinstance(problem, DataError) or ".device: 'cuda'" in str(problem)

@@ -1,14 +1,19 @@
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from modern_llm.alignment.sampling import sample_ids, sample_texts
+from modern_llm.alignment import sampling
+from modern_llm.alignment.sampling import continue_text, sample_answers, sample_ids, sample_texts
+from modern_llm.alignment.stages.pretrain import PretrainStage
+from modern_llm.config import PipelineConfig
 from modern_llm.data.templates import Turn, prompt_ids
 from modern_llm.data.tokenizer import Tokenizer
 from modern_llm.errors import ConfigError
 from modern_llm.models import ModernDecoderLM
+from modern_llm.runtime.devices import autocast
 
 PROMPTS = [
     "Tom has 3 pens. He buys 4 more. How many pens does Tom have now?",
@@ -93,6 +98,41 @@ def test_a_prompt_without_room_is_cut_from_its_start(
     assert answers == [tokenizer.decode(expected)]
 
 
+@pytest.mark.parametrize("new", [8, 127, 128, 500])
+def test_a_text_without_room_is_continued_from_its_end(
+    sharp: ModernDecoderLM, tokenizer: Tokenizer, new: int
+) -> None:
+    text = "red blue " * 200 + "One day"
+    room = max(0, sharp.config.max_seq_len - new - 1)
+    ids = tokenizer.encode(text)
+    start = [tokenizer.bos_id, *ids[len(ids) - room :]]
+    (expected,) = sample_ids(
+        sharp, tokenizer, [start], max_new_tokens=new, temperature=0.8, seeds=[0]
+    )
+    done = continue_text(sharp, tokenizer, text, max_new_tokens=new)
+    assert done == tokenizer.decode(expected) != ""
+
+
+def test_a_stage_samples_as_it_trains(
+    tiny: PipelineConfig, tiny_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = tiny.eval.model_copy(update={"completions": ["red blue " * 200]})
+    training = tiny.pretrain.training.model_copy(update={"precision": "bf16"})
+    section = tiny.pretrain.model_copy(update={"training": training})
+    config = tiny.model_copy(update={"eval": tasks, "pretrain": section})
+    stage = PretrainStage(config, tmp_path, tiny_run.run / "pretrain" / "final")
+    seen: list[str] = []
+
+    def noted(device: Any, precision: str) -> Any:
+        seen.append(precision)
+        return autocast(device, precision)
+
+    monkeypatch.setattr(sampling, "autocast", noted)
+    row = stage.sample(stage.build_model().eval())
+    assert row["prompt"] == "red blue " * 200
+    assert seen == ["bf16"]
+
+
 def test_no_room_for_any_prompt_is_an_error(sharp: ModernDecoderLM, tokenizer: Tokenizer) -> None:
     with pytest.raises(ConfigError):
         sample_texts(sharp, tokenizer, ["Hi"], max_new_tokens=sharp.config.max_seq_len)
@@ -116,3 +156,17 @@ def test_ids_beyond_the_tokenizer_are_never_drawn(
         seeds=[0, 1, 2, 3],
     )  # fmt: skip
     assert all(token < tokenizer.n_vocab for row in rows for token in row)
+
+
+def test_answers_tell_what_was_drawn(sharp: ModernDecoderLM, tokenizer: Tokenizer) -> None:
+    long = "word " * 300
+    options = {"max_new_tokens": 40, "n_samples": 30, "temperature": 0.9, "seed": 4}
+    groups = sample_answers(sharp, tokenizer, ["Hi", long], **options)
+    texts = sample_texts(sharp, tokenizer, ["Hi", long], **options)
+    assert [[tokenizer.decode(a.tokens) for a in group] for group in groups] == texts
+    assert groups[0][0].prompt == prompt_ids(tokenizer, "Hi")
+    assert len(groups[1][0].prompt) == sharp.config.max_seq_len - 40  # as the model saw it
+    flat = [answer for group in groups for answer in group]
+    assert all(len(a.tokens) == 40 for a in flat if not a.finished)
+    assert any(len(a.tokens) < 40 for a in flat)
+    assert all(a.finished for a in flat if len(a.tokens) < 40)

@@ -1,6 +1,5 @@
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ import pytest
 import torch
 
 from modern_llm.alignment.preferences import pair_logprobs
+from modern_llm.alignment.sampling import Answer
 from modern_llm.alignment.suite import Suite
 from modern_llm.config import PipelineConfig
 from modern_llm.data.collate import collate_pairs
@@ -92,7 +92,7 @@ def test_wikitext_is_scored_as_one_stretch_and_by_page(
         assert bits.value == pytest.approx(nats / len(whole.encode()) / math.log(2), rel=1e-5)
 
     nats = 0.0
-    rows = [row["text"] for row in suite.rows(suite.tasks.perplexity[0].source, "test", None)]
+    rows = [row["text"] for row in suite.read(suite.tasks.perplexity[0], None)[1]]
     for page in rows:
         page_ids = [tokenizer.bos_id, *tokenizer.encode(detokenize(page))]
         nats += slow_nats(policy, page_ids, 32, 32)
@@ -159,15 +159,15 @@ def test_gold_answers_are_scored_given_their_questions(
     found = scores(suite.greedy(policy, tokenizer, tiny.eval.reasoning))
     nats = n_bytes = 0.0
     with torch.no_grad():
-        for row in suite.problems:
+        for row in suite.problems[1]:
             prompt = prompt_ids(tokenizer, row["question"])
             answer = answer_ids(tokenizer, row["answer"])
             logprob = policy(torch.tensor([prompt + answer]))[0].double().log_softmax(-1)
             nats -= sum(logprob[len(prompt) - 1 + i, t].item() for i, t in enumerate(answer))
             n_bytes += len(row["answer"].encode())
-    score = found["synthetic.test/gold+eos", "bits_per_byte"]
+    score = found["synthetic.test/first4/gold+eos", "bits_per_byte"]
     assert score.value == pytest.approx(nats / n_bytes / math.log(2), rel=1e-5)
-    exact = found["synthetic.test/greedy", "exact_match"]
+    exact = found["synthetic.test/first4/greedy", "exact_match"]
     assert exact.n == 4 and exact.ci95 is not None
 
 
@@ -290,8 +290,78 @@ def test_a_suite_without_tasks_finds_nothing(
     assert (found.results, found.samples, found.pair_logprobs) == ([], [], None)
 
 
-def test_rows_are_limited(tiny: PipelineConfig, make_source: Callable[..., Any]) -> None:
-    suite = Suite(tiny)
-    task = tiny.eval.perplexity[0]
-    assert len(suite.rows(task.source, "test", 3)) == 3
-    assert len(suite.rows(task.source, "test", None)) == 8
+@pytest.mark.parametrize(
+    ("limit", "key", "n"),
+    [
+        (3, "synthetic.test/first3", 3), (8, "synthetic.test", 8), (9, "synthetic.test", 8),
+        (None, "synthetic.test", 8),
+    ],
+)  # fmt: skip
+def test_a_limit_that_cuts_the_split_is_in_the_key(
+    tiny: PipelineConfig, limit: int | None, key: str, n: int
+) -> None:
+    named, rows = Suite(tiny).read(tiny.eval.perplexity[0], limit)
+    assert (named, len(rows)) == (key, n)
+
+
+def test_every_task_tells_its_data_and_its_limit(
+    tiny: PipelineConfig, policy: ModernDecoderLM, tokenizer: Tokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    class Constant:
+        def compute(self, **kwargs: Any) -> dict[str, float]:
+            return {"one": 1.0}
+
+    monkeypatch.setattr(pytest.importorskip("evaluate"), "load", lambda name: Constant())
+    sources = {k: {"name": "synthetic", "kind": k, "rows": 40, "held_out_rows": 8}
+               for k in ("text", "problems", "pairs", "instruct")}  # fmt: skip
+    config = with_eval(
+        tiny,
+        perplexity=[{"name": "mine", "source": sources["text"], "max_texts": 2}],
+        reasoning={"name": "sums", "source": sources["problems"], "n_problems": 3,
+                   "max_new_tokens": 4},
+        preference={"name": "taste", "source": sources["pairs"], "max_pairs": 7},
+        text_metrics=[{"name": "told", "source": sources["instruct"], "max_rows": 2,
+                       "metric": "constant", "max_new_tokens": 4}],
+    )  # fmt: skip
+    found = scores(Suite(config).evaluate(policy, tokenizer).results)
+    assert {key for key, _ in found} == {
+        "mine.test/first2/ctx128/stride128/bos", "mine.test/first2/ctx128/stride64/bos",
+        "sums.test/first3/greedy", "sums.test/first3/gold+eos", "taste.test/first7",
+        "told.test/first2/greedy/constant",
+    }  # fmt: skip
+
+
+def test_two_files_have_two_scores(
+    tiny: PipelineConfig, policy: ModernDecoderLM, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    tasks = []
+    for name, text in (("a", "Tom has 3 pens."), ("b", "xyz 98765 #")):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text(json.dumps({"text": text}) + "\n")
+        source = {"name": "jsonl", "path": str(path), "test_path": str(path)}
+        tasks.append({"name": name, "source": source, "context": 32})
+    found = scores(Suite(with_eval(tiny, perplexity=tasks)).perplexity(policy, tokenizer, 128))
+    one, other = (
+        found[f"{name}.test/ctx32/stride32/bos", "bits_per_byte"].value for name in ("a", "b")
+    )
+    assert one != other
+
+
+def test_a_sample_is_scored_as_it_was_drawn(
+    tiny: PipelineConfig, policy: ModernDecoderLM, tokenizer: Tokenizer
+) -> None:
+    """By its own tokens, which its text may not give back; EOS only where it was drawn."""
+    prompt = prompt_ids(tokenizer, "How many?")
+    word = tokenizer.encode("Tom has")
+    letters = [i for char in "Tom has" for i in tokenizer.encode(char)]
+    assert letters != word and tokenizer.decode(letters) == tokenizer.decode(word)
+    answers = [Answer(prompt, ids, done) for ids in (word, letters) for done in (True, False)]
+    expected = []
+    for answer in answers:
+        ids = answer.tokens + [tokenizer.eos_id] * answer.finished
+        with torch.no_grad():
+            logprob = policy(torch.tensor([prompt + ids]))[0].double().log_softmax(-1)
+        expected.append(sum(logprob[len(prompt) - 1 + i, t].item() for i, t in enumerate(ids)))
+    assert Suite(tiny).logprobs(policy, tokenizer, answers) == pytest.approx(expected, rel=1e-5)
+    assert len(set(expected)) == 4

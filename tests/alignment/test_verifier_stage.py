@@ -16,7 +16,7 @@ from modern_llm.alignment.stages.verifier import (
     score_solutions,
     top_up,
 )
-from modern_llm.config import ModelConfig, PipelineConfig, VerifierConfig
+from modern_llm.config import ModelConfig, PipelineConfig, SourceConfig, VerifierConfig
 from modern_llm.data.collate import collate_answers
 from modern_llm.data.sources import open_source
 from modern_llm.data.store import TokenStore
@@ -24,6 +24,7 @@ from modern_llm.data.templates import answer_ids, prompt_ids
 from modern_llm.data.tokenizer import Tokenizer
 from modern_llm.errors import CheckpointError, DataError
 from modern_llm.evaluation.answers import extract_answer, gold_answer
+from modern_llm.evaluation.intervals import share_interval
 from modern_llm.models import VerifierModel
 from modern_llm.training.checkpoint import read_checkpoint
 
@@ -113,6 +114,23 @@ def test_a_solution_alone_costs_what_it_costs_beside_others(
     assert together.item() == pytest.approx(sum(loss.item() for loss in apart), rel=1e-5)
 
 
+def test_the_balance_loss_of_experts_is_no_part_of_the_loss(
+    make_verifier: Verifiers, solutions: TokenStore
+) -> None:
+    moe = {"n_experts": 4, "top_k": 2}
+    batch, losses = collate_answers(solutions, range(4)), []
+    for coef in (0.0, 0.5):
+        model = make_verifier(moe={**moe, "balance_coef": coef})
+        terms = VerifierObjective(0.5)(model, batch)
+        losses.append(float(terms.loss_sum.detach()))
+    assert losses[0] == losses[1]
+    assert terms.aux_sum is not None
+    aux = float(model.aux_loss().detach())
+    assert float(terms.aux_sum.detach()) == pytest.approx(VerifierObjective(0.5).units(batch) * aux)
+    terms.aux_sum.backward()
+    assert model.trunk.blocks[0].moe.router.weight.grad.any()
+
+
 # --- scores
 
 
@@ -177,6 +195,16 @@ def test_a_question_too_long_is_cut_from_its_start(
     assert score == pytest.approx(slow_score(tiny_verifier, kept, answer), abs=1e-6)
 
 
+def test_a_solution_without_room_scores_nothing_and_moves_no_other(
+    tiny_verifier: VerifierModel, tokenizer: Tokenizer
+) -> None:
+    options: dict[str, Any] = {"batch_size": 2, "precision": "fp32"}
+    long = ("How many?", "1 + 1 = 2. " * 60 + "#### 2")
+    scores = score_solutions(tiny_verifier, tokenizer, [PAIRS[0], long, PAIRS[2]], **options)
+    alone = score_solutions(tiny_verifier, tokenizer, [PAIRS[0], PAIRS[2]], **options)
+    assert scores == pytest.approx([alone[0], 0.0, alone[1]], abs=1e-6)
+
+
 def test_a_policy_is_no_verifier(tiny_run: Any) -> None:
     with pytest.raises(CheckpointError, match="does not fit this model"):
         load_verifier(read_checkpoint(tiny_run.run / "dpo" / "final"), torch.device("cpu"))
@@ -236,6 +264,20 @@ def test_added_solutions_carry_the_right_label_and_origin() -> None:
     assert {s["question"] for s in added} == set(WORKED)  # spread over all problems
 
 
+def test_what_a_question_is_about_says_nothing_of_the_label() -> None:
+    worked = {
+        f"{who} has {n} pens. {who} buys 2 more. How many?": f"{n} + 2 = {n + 2}.\n#### {n + 2}"
+        for who in ("Anna", "Zoe")
+        for n in range(3, 43)
+    }
+    for label in (0, 1):
+        own = samples(*((30, 0) if label == 0 else (0, 30)))
+        added = top_up(own, worked, config=config(min_right=0.4, min_wrong=0.4), seed=0)[30:]
+        questions = {s["question"] for s in added}
+        assert 20 <= len(added) == len(questions) < len(worked) / 2  # none comes twice
+        assert 4 <= sum("Anna" in question for question in questions) <= 16
+
+
 def test_corruptions_are_a_function_of_the_seed() -> None:
     def texts(seed: int) -> list[str]:
         done = top_up(samples(30, 0), WORKED, config=config(min_wrong=0.5), seed=seed)
@@ -290,6 +332,172 @@ def test_questions_in_both_splits_are_held_out(
     assert trained and not trained & held_out
 
 
+def problems_file(path: Path, numbers: range, *, what: str = "pens") -> str:
+    rows = [
+        {"question": f"{n} {what} and 1?", "answer": f"{n} + 1 = {n + 1}.\n#### {n + 1}"}
+        for n in numbers
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def jsonl(train: str, validation: str, **more: Any) -> dict[str, Any]:
+    return {
+        "name": "jsonl", "kind": "problems", "path": train, "validation_path": validation, **more
+    }  # fmt: skip
+
+
+def answering(*texts: str) -> Callable[..., list[list[str]]]:
+    """A policy that gives the same answers to every question."""
+
+    def sample(model: Any, tokenizer: Any, prompts: list[str], **_: Any) -> list[list[str]]:
+        return [list(texts) for _ in prompts]
+
+    return sample
+
+
+def test_problems_that_are_tested_on_are_not_trained_on(
+    tiny: PipelineConfig, tiny_run: Any, tmp_path: Path
+) -> None:
+    train = problems_file(tmp_path / "train.jsonl", range(20))
+    valid = problems_file(tmp_path / "valid.jsonl", range(100, 110))
+    test = problems_file(tmp_path / "test.jsonl", range(5, 12))
+    source = jsonl(train, valid, test_path=test)
+    task = tiny.eval.reasoning
+    assert task is not None
+    # Another source than the verifier's own, and more problems than one evaluation asks for.
+    tested = task.model_copy(update={"source": SourceConfig.model_validate(source)})
+    tasks = tiny.eval.model_copy(update={"reasoning": tested})
+    own = jsonl(train, valid)
+    made = stage(tiny.model_copy(update={"eval": tasks}), tiny_run, tmp_path, data=[own])
+    wanted = made.section.n_problems
+    assert wanted == 6 > 5
+    made.audit()
+    trained = {s["question"] for s in read_solutions(made.folder, "train")}
+    assert trained <= {f"{n} pens and 1?" for n in (*range(5), *range(12, 20))}
+    assert len({s["question"] for s in read_solutions(made.folder, "train")}) == wanted
+    dropped = made.data_records()[0]["dropped"]
+    assert dropped["problem is in another split"] == 7
+
+
+def test_every_source_has_its_part(tiny: PipelineConfig, tiny_run: Any, tmp_path: Path) -> None:
+    valid = problems_file(tmp_path / "valid.jsonl", range(100, 110))
+    sources = [
+        jsonl(problems_file(tmp_path / f"{what}.jsonl", range(50), what=what), valid)
+        for what in ("pens", "cups")
+    ]
+    made = stage(tiny, tiny_run, tmp_path, data=sources, n_problems=8)
+    made.audit()
+    trained = {s["question"] for s in read_solutions(made.folder, "train")}
+    assert sum("pens" in q for q in trained) == sum("cups" in q for q in trained) == 4
+
+
+def test_labels_and_base_rate_are_those_of_the_policy(
+    tiny: PipelineConfig, tiny_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = problems_file(tmp_path / "train.jsonl", range(1, 7))
+    valid = problems_file(tmp_path / "valid.jsonl", range(100, 104))
+    # One of six training problems and one of four held-out ones is answered rightly.
+    monkeypatch.setattr(module, "sample_texts", answering("#### 4", "#### 102", "no number"))
+    made = stage(tiny, tiny_run, tmp_path, data=[jsonl(train, valid)], min_right=0.4, min_wrong=0.2)
+    facts = made.audit()
+    for split, right in (("train", "3 pens and 1?"), ("validation", "101 pens and 1?")):
+        own = [s for s in read_solutions(made.folder, split) if s["origin"] == "sample"]
+        answers = {"#### 4"} if split == "train" else {"#### 102"}
+        assert len(own) == (18 if split == "train" else 12)
+        assert all(
+            (s["label"] == 1) == (s["question"] == right and s["text"] in answers) for s in own
+        )
+        assert sum(s["label"] for s in own) == 1
+    everything = read_solutions(made.folder, "train")
+    assert facts["samples"] == 18 < facts["solutions"] == len(everything)
+    assert facts["base_rate"] == pytest.approx(1 / 18)
+    assert facts["right_share"] == pytest.approx(
+        sum(s["label"] for s in everything) / len(everything)
+    )
+    assert 0.4 <= facts["right_share"] < 0.5
+    [base] = [s for s in made.scores(made.build_model().eval()) if s.metric == "base_rate"]
+    assert (base.value, base.n) == (pytest.approx(1 / 12), 12)
+
+
+def test_loss_and_scores_are_over_the_same_solutions(
+    tiny: PipelineConfig, tiny_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = "1 + 1 = 2. " * 30 + "#### 4"
+    monkeypatch.setattr(module, "sample_texts", answering("#### 4", "#### 5", long))
+    rows = [{"question": f"{'pens ' * 60} {n}?", "answer": "3 + 1 = 4.\n#### 4"} for n in range(8)]
+    for name, part in (("train", rows[:5]), ("valid", rows[5:])):
+        lines = "".join(json.dumps(row) + "\n" for row in part)
+        (tmp_path / f"{name}.jsonl").write_text(lines)
+    source = jsonl(str(tmp_path / "train.jsonl"), str(tmp_path / "valid.jsonl"))
+    training = {**tiny.verifier.training.model_dump(mode="json"), "seq_len": 48}
+    made = stage(
+        tiny, tiny_run, tmp_path, data=[source], training=training, min_right=0.4,
+        min_wrong=0.4,
+    )  # fmt: skip
+    made.audit()
+    for split, store in (("train", made.store), ("validation", made.validation_store)):
+        solutions = read_solutions(made.folder, split)
+        assert len(store) == len(solutions) >= 6  # long questions are cut, not left out
+        assert store.columns["label"].tolist() == [s["label"] for s in solutions]
+        assert long not in {s["text"] for s in solutions}
+    right = [s["label"] for s in read_solutions(made.folder, "train")]
+    assert sum(right) / len(right) == 0.5
+    assert [r["dropped"] for r in made.data_records()] == [{"too long": 5}, {"too long": 3}]
+
+    seen: list[float] = []
+
+    def noted(*arguments: Any, **options: Any) -> list[float]:
+        seen.extend(score_solutions(*arguments, **options))
+        return list(seen)
+
+    monkeypatch.setattr(module, "score_solutions", noted)
+    model = made.build_model().eval()
+    made.scores(model)
+    rows_of = map(made.validation_store.record, range(len(made.validation_store)))
+    expected = [slow_score(model, prompt.tolist(), answer.tolist()) for prompt, answer in rows_of]
+    assert seen == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_corruption_that_outgrew_its_row_is_dropped_before_anything_is_told(
+    tiny: PipelineConfig, tiny_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = problems_file(tmp_path / "train.jsonl", range(8, 9))
+    valid = problems_file(tmp_path / "valid.jsonl", range(100, 104))
+    monkeypatch.setattr(module, "sample_texts", answering(*["#### 9"] * 40))
+    tokenizer = stage(tiny, tiny_run, tmp_path).tokenizer
+    fits = 3 + len(answer_ids(tokenizer, "8 + 1 = 9.\n#### 9"))
+    training = {**tiny.verifier.training.model_dump(mode="json"), "seq_len": fits}
+    made = stage(
+        tiny, tiny_run, tmp_path, data=[jsonl(train, valid)], training=training, min_wrong=0.5
+    )
+    facts = made.audit()
+    solutions = read_solutions(made.folder, "train")
+    assert 40 < len(solutions) == len(made.store) == facts["solutions"] < 80
+    assert made.data_records()[0]["dropped"]["too long"] == 80 - len(solutions)
+
+
+def test_problems_that_changed_are_refused_unless_allowed(
+    tiny: PipelineConfig, tiny_run: Any, tmp_path: Path
+) -> None:
+    train = problems_file(tmp_path / "train.jsonl", range(20))
+    valid = problems_file(tmp_path / "valid.jsonl", range(100, 110))
+    first = stage(tiny, tiny_run, tmp_path, data=[jsonl(train, valid)])
+    first.audit()
+    before = read_solutions(first.folder, "validation")
+    problems_file(tmp_path / "valid.jsonl", range(200, 210))
+    again = stage(tiny, tiny_run, tmp_path, data=[jsonl(train, valid)])
+    with pytest.raises(DataError, match=r"problems changed since .*samples-train"):
+        again.audit()
+    allowed = VerifierStage(
+        again.config, tmp_path, tiny_run.run / "dpo" / "final", allow_data_change=True
+    )
+    allowed.audit()
+    assert read_solutions(first.folder, "validation") == before
+    found = {s.metric: s for s in allowed.scores(allowed.build_model().eval()) if hasattr(s, "n")}
+    assert found["base_rate"].n == len(before)
+
+
 def test_samples_are_drawn_once(
     tiny: PipelineConfig, tiny_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -328,3 +536,17 @@ def test_the_verifier_starts_as_the_policy_with_a_seeded_head(
         assert torch.equal(weights[name], tensor), name
     assert torch.equal(model.value_head.weight, again.value_head.weight)
     assert model.training
+
+
+def test_the_base_rate_has_an_interval_over_problems(tiny_run: Any) -> None:
+    folder = tiny_run.run / "verifier"
+    labels: dict[str, list[int]] = {}
+    for line in (folder / "samples-validation.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        labels.setdefault(row["question"], []).append(row["label"])
+    assert {len(own) for own in labels.values()} == {2}
+    scores = json.loads((folder / "result.json").read_text())["scores"]
+    (base,) = (score for score in scores if score["metric"] == "base_rate")
+    shares = [sum(own) / 2 for own in labels.values()]
+    assert base["value"] == pytest.approx(sum(shares) / len(shares))
+    assert base["ci95"] == pytest.approx(share_interval(shares))

@@ -17,6 +17,8 @@ from modern_llm import __version__, cli, errors
 from modern_llm.alignment.pipeline import AlignmentPipeline
 from modern_llm.cli import COMMANDS, main
 from modern_llm.config import PipelineConfig, json_schema, list_presets
+from modern_llm.data.tokenizer import Tokenizer
+from modern_llm.models import generate
 
 Captured = pytest.CaptureFixture[str]
 Make = Callable[..., Path]
@@ -113,6 +115,7 @@ def test_an_unknown_preset_is_refused_with_a_suggestion(refused: Any) -> None:
         (["model.norm=rmsnrm"], "unknown norm 'rmsnrm'; did you mean 'rmsnorm'?"),
         (["training.device=tpu9"], "unknown device 'tpu9'"),
         (["whatever"], "override 'whatever': write section.field=value"),
+        (["--resume", "--force"], "--resume goes on with a run, --force starts again"),
         (["--resume"], "--resume: no run of this config"),
     ],
 )
@@ -275,6 +278,35 @@ def test_generate_answers_each_prompt(tiny_run: Any, capsys: Captured) -> None:
     assert first.count("\n") >= 2
     assert main(["generate", *flags, "one", "two"]) == 0
     assert capsys.readouterr().out == first
+
+
+def test_a_device_that_is_not_here_is_refused_by_the_flags_name(
+    refused: Any, tiny_run: Any
+) -> None:
+    final = str(tiny_run.run / "sft" / "final")
+    told = refused("generate", "--checkpoint", final, "--device", "cuda:99", "hello")
+    assert told.startswith("error: --device: 'cuda:99' is not")
+
+
+def test_generate_continues_plain_text(
+    tiny_run: Any, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[list[int]] = []
+
+    def kept(model: Any, rows: Any, **options: Any) -> Any:
+        read.extend(rows)
+        return generate(model, rows, **options)
+
+    monkeypatch.setattr("modern_llm.inference.session.generate", kept)
+    final = tiny_run.run / "pretrain" / "final"
+    flags = ["--checkpoint", str(final), "--max-new-tokens", "3", "--device", "cpu"]
+    assert main(["generate", *flags, "--plain", "Tom has"]) == 0
+    assert main(["generate", *flags, "Tom has"]) == 0
+    tokenizer = Tokenizer.load(final / "tokenizer.json")
+    text = tokenizer.encode("Tom has")
+    plain, asked = read
+    assert plain == [tokenizer.bos_id, *text]
+    assert asked == [tokenizer.bos_id, tokenizer.user_id, *text, tokenizer.assistant_id]
 
 
 def test_chat_answers_until_the_input_ends(

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from modern_llm.config import ModelConfig, load_config
+from modern_llm.config import ModelConfig, PipelineConfig, load_config
 from modern_llm.errors import ConfigError
 
 Told = Callable[..., list[str]]
@@ -113,10 +113,21 @@ def test_windows_and_sinks_belong_together() -> None:
     for wrong in ({"window": 4}, {"n_sinks": 2}):
         assert "window and n_sinks need attention=window" in problems(**wrong)
     assert ModelConfig(**SIZES, attention="window", window=4, n_sinks=2).n_sinks == 2
+    told = problems(attention="window", window=13, n_sinks=4)
+    assert "window + n_sinks = 17 exceeds max_seq_len=16" in told
+    assert ModelConfig(**SIZES, attention="window", window=12, n_sinks=4).window == 12
 
 
 def test_experts() -> None:
     assert "top_k=3 exceeds n_experts=2" in problems(moe={"n_experts": 2, "top_k": 3})
+    told = problems(moe={"n_experts": 2, "every": 2})
+    assert "moe.every=2 exceeds n_layers=1: no layer has experts" in told
+
+
+def test_a_gated_feed_forward_has_its_own_activation() -> None:
+    told = problems(activation="relu")
+    assert "activation=relu has no effect with ffn=swiglu, which has its own" in told
+    assert ModelConfig(**SIZES, ffn="standard", activation="relu").activation == "relu"
 
 
 def test_widths_follow_the_feed_forward() -> None:
@@ -159,6 +170,28 @@ def test_rows_longer_than_the_context(told: Told) -> None:
     ]
 
 
+def test_training_fields_that_would_do_nothing_are_refused(path: Path, told: Told) -> None:
+    for stage in ("sft", "dpo", "verifier"):
+        [line] = told(f"{stage}.training.doc_mask=true")
+        assert line.startswith(f"{stage}.training.doc_mask=true has no effect here: only pretrain")
+    [line] = told("dpo.training.seq_len=20")
+    assert line == (
+        "dpo.training.seq_len=20 has no effect here: a row has max_prompt_tokens + "
+        "2 * max_answer_tokens = 128; leave it out"
+    )
+    [line] = told("verifier.max_validation_rows=5")
+    assert line.startswith("verifier.max_validation_rows: unknown field")
+
+
+def test_what_all_stages_share_goes_where_it_does_something(path: Path) -> None:
+    shared = ["training.doc_mask=true", "training.seq_len=20", "dpo.max_answer_tokens=50"]
+    config = load_config(path, shared)
+    stages = (config.pretrain, config.sft, config.dpo, config.verifier)
+    assert [s.training.doc_mask for s in stages] == [True, False, False, False]
+    assert [s.training.seq_len for s in stages] == [20, 20, 64 + 2 * 50, 20]
+    assert type(config).model_validate(config.model_dump(mode="json")) == config
+
+
 def test_a_weight_that_does_nothing_is_refused(path: Path, told: Told) -> None:
     lines = told(
         "sft.data.0.weight=2",
@@ -182,7 +215,7 @@ def test_a_weight_that_does_nothing_is_refused(path: Path, told: Told) -> None:
     ("override", "rule"),
     [
         ("dpo.loss=hinge", "dpo.loss='hinge': Input should be 'sigmoid' or 'ipo'"),
-        ("tokenizer.name=file", "path belongs to the tokenizer 'file', which needs it"),
+        ('tokenizer={"name": "file"}', "path belongs to the tokenizer 'file', which needs it"),
         ("tokenizer.path=x.json", "path belongs to the tokenizer 'file', which needs it"),
         ("tokenizer.name=sentencepiece", "Input should be 'bpe', 'char', 'gpt2' or 'file'"),
         ("data.replay=1", "data.replay=1: Input should be less than 1"),
@@ -200,6 +233,47 @@ def test_rules_of_single_fields(told: Told, override: str, rule: str) -> None:
     lines = told(override)
     assert len(lines) == 1
     assert rule in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "rule"),
+    [
+        (
+            ['tokenizer={"name": "gpt2", "max_train_mb": 5}'],
+            "tokenizer: max_train_mb=5 has no effect with the tokenizer 'gpt2', which is not "
+            "trained here; leave it at 100",
+        ),
+        (
+            ["training.schedule=constant", "training.min_lr_ratio=0.2"],
+            "training: min_lr_ratio=0.2 has no effect with schedule=constant; leave it out, or set "
+            "it to 1",
+        ),
+        (
+            ["training.warmup=1.0"],
+            "training.warmup: warmup=1.0 is a share of the steps, which must be below 1; write a "
+            "number of steps without a point",
+        ),
+    ],
+)
+def test_what_would_do_nothing_or_something_else(
+    told: Told, overrides: list[str], rule: str
+) -> None:
+    assert told(*overrides) == [rule]
+
+
+def test_a_constant_rate_has_no_floor(path: Path) -> None:
+    for ratio in ([], ["training.min_lr_ratio=1"]):
+        config = load_config(path, ["training.schedule=constant", "training.warmup=3", *ratio])
+        assert config.sft.training.warmup == 3
+        assert PipelineConfig.model_validate_json(str(config)) == config
+
+
+def test_a_mixture_is_checked_before_anything_is_built(told: Told) -> None:
+    two = ['pretrain.data=[{"name": "synthetic", "weight": 1}, "synthetic"]']
+    [line] = told(*two)
+    assert line.startswith("pretrain: weights sum to 1 and leave nothing to the sources without")
+    [line] = told(*two, "pretrain.data.0.weight=0.0001")
+    assert line.startswith("pretrain: weight=0.0001 is a share of 0.0001, below 0.001")
 
 
 def test_ipo_has_no_label_smoothing(told: Told) -> None:
@@ -233,3 +307,44 @@ def test_a_run_name_is_one_plain_folder(told: Told, name: str) -> None:
 @pytest.mark.parametrize("name", ["a", "A-1_b.c", "0", "x" * 100, "local-smoke_20260101-000000"])
 def test_a_plain_name_is_taken(path: Path, name: str) -> None:
     assert load_config(path, [f'name="{name}"']).name == name
+
+
+# --- keys of scores
+
+
+def tasks(kind: str, *tasks: object) -> str:
+    return f"eval.{kind}={json.dumps(tasks)}"
+
+
+ONE, OTHER = ({"name": "jsonl", "path": f"{x}.jsonl"} for x in "ab")
+
+
+@pytest.mark.parametrize("own", [{}, {"context": 64}, {"max_texts": 9}, {"name": "jsonl"}])
+def test_two_tasks_of_one_key_are_refused(told: Told, own: dict[str, Any]) -> None:
+    override = tasks("perplexity", {"source": ONE}, {"source": OTHER, **own})
+    assert told(override) == [
+        "eval: perplexity.0 and perplexity.1 would have the same key, jsonl.test: give one a name"
+    ]
+
+
+def test_two_text_metrics_of_one_key_are_refused(told: Told) -> None:
+    first, second = ({"metric": "bleu", "source": source} for source in (ONE, OTHER))
+    [line] = told(tasks("text_metrics", first, {**first, "metric": "rouge"}, second))
+    assert "text_metrics.0 and text_metrics.2 would have the same key, jsonl.test bleu" in line
+
+
+def test_names_splits_and_protocols_tell_tasks_apart(path: Path) -> None:
+    config = load_config(
+        path,
+        [tasks("perplexity", {"source": ONE}, {"source": OTHER, "name": "b-2.x_y"},
+               {"source": OTHER, "split": "validation"}, {"source": ONE, "context": 64},
+               {"source": ONE, "max_texts": 9})],
+    )  # fmt: skip
+    keys = [task.key for task in config.eval.perplexity]
+    assert keys == ["jsonl.test", "b-2.x_y.test", "jsonl.validation", "jsonl.test", "jsonl.test"]
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "-a", "a b", "x" * 101])
+def test_a_task_name_fits_into_a_key(told: Told, name: str) -> None:
+    [line] = told(tasks("perplexity", {"source": ONE, "name": name}))
+    assert line.startswith(f"eval.perplexity.0.name={name!r}: String should")

@@ -172,6 +172,9 @@ def test_training_for_all_stages_wins_over_their_own(small: Path) -> None:
     assert config.verifier.training.max_steps == 5  # what was not named stays the stage's own
     both = load_config(small, ["training.lr=5e-4", "dpo.training.lr=1e-5"])
     assert [both.stage(s).training.lr for s in TRAINED_STAGES] == [5e-4, 5e-4, 1e-5, 5e-4]
+    assert load_config(small, ["dpo.training.lr=1e-5", "training.lr=5e-4"]) == both
+    twice = load_config(small, ["training.lr=1", "training.lr=5e-4", "dpo.training.lr=1e-5"])
+    assert twice == both  # of two for the same field the last one counts
 
 
 def test_max_steps_caps_every_stage(small: Path) -> None:

@@ -75,9 +75,10 @@ def test_other_shapes(text: str) -> None:
         assert final(corrupt_solution(text, random.Random(seed))) != final(text)
 
 
-def test_without_a_final_number() -> None:
+@pytest.mark.parametrize("text", ["17 + 25 = 42", "17 + 25 = 42.\n#### ,", "#### -,"])
+def test_without_a_final_number(text: str) -> None:
     with pytest.raises(DataError, match="####"):
-        corrupt_solution("17 + 25 = 42", random.Random(0))
+        corrupt_solution(text, random.Random(0))
 
 
 def test_hostile_expressions_are_only_text() -> None:

@@ -180,16 +180,26 @@ def test_mixture_without_weights_is_one_epoch_of_all(stores: Stores) -> None:
 
 @pytest.mark.parametrize(
     ("weights", "expected"),
-    [([1.0, 3.0], [0.25, 0.75]), ([None, None], None), ([0.5, None], [2 / 3, 1 / 3])],
+    [([1.0, 3.0], [0.25, 0.75]), ([None, None], None), ([0.4, None], [0.4, 0.6])],
 )
 def test_mixture_weights(stores: Stores, weights: list[float | None], expected: object) -> None:
     two = [stores.text([298]), stores.text([98], first=500)]  # 300 and 100 tokens
-    if weights == [0.5, None]:
-        assert mixture_weights(two, weights) == pytest.approx([0.5 / 0.75, 0.25 / 0.75])
-    else:
-        assert mixture_weights(two, weights) == expected
+    assert mixture_weights(two, weights) == expected
     with pytest.raises(ConfigError, match="weights for"):
         mixture_weights(two, [1.0])
+
+
+def test_sources_without_a_weight_share_the_rest_by_size(stores: Stores) -> None:
+    lengths = [(98, 0), (298, 1000), (98, 2000)]  # and two markers
+    three = [stores.text([n], first=3000 + first) for n, first in lengths]
+    assert mixture_weights(three, [None, None, 0.2]) == pytest.approx([0.2, 0.6, 0.2])
+    for weights, rule in [
+        ([0.5, None, 0.5], "weights sum to 1 and leave nothing"),
+        ([2, None, None], "leave nothing to the sources without one"),
+        ([1, 1, 1e-4], r"weight=0.0001 is a share of .*, below 0.001"),
+    ]:
+        with pytest.raises(ConfigError, match=rule):
+            mixture_weights(three, weights)
 
 
 # ---- packing

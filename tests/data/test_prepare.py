@@ -14,7 +14,7 @@ from modern_llm.data.prepare import (
     text_store,
 )
 from modern_llm.data.sources import RowCounts, Source
-from modern_llm.data.templates import Turn, answer_ids, prompt_ids, text_ids
+from modern_llm.data.templates import Turn, answer_ids, prompt_ids
 from modern_llm.data.tokenizer import Tokenizer
 from modern_llm.errors import ConfigError, DataError
 
@@ -44,7 +44,9 @@ def test_text_store(tokenizer: Tokenizer, data: DataConfig) -> None:
     texts = ["Tom has 3 apples.", "typed <|eos|> stays"]
     sources = [Fixed("text", [{"text": t}], name=t[:3]) for t in texts]
     store = text_store(sources, "train", tokenizer, data)
-    assert store.tokens.tolist() == [i for t in texts for i in text_ids(tokenizer, t)]
+    assert store.tokens.tolist() == [
+        i for t in texts for i in (tokenizer.bos_id, *tokenizer.encode(t), tokenizer.eos_id)
+    ]
     assert store.tokens.tolist().count(tokenizer.eos_id) == 2
     assert [s["source"] for s in store.sources] == ["Tom", "typ"]
     assert sum(s["tokens"] for s in store.sources) == store.n_tokens
@@ -86,6 +88,20 @@ def test_instruct_truncation(tokenizer: Tokenizer, data: DataConfig, max_tokens:
         assert answer[-1] == tokenizer.eos_id
 
 
+@pytest.mark.parametrize("room", [3, 4, 20])
+def test_answers_are_kept_where_a_token_of_the_prompt_fits(
+    tokenizer: Tokenizer, data: DataConfig, room: int
+) -> None:
+    rows = [{"prompt": "x", "answer": "y"}, {"prompt": "one two three " * 30, "answer": "six " * 9}]
+    max_tokens = len(answer_ids(tokenizer, rows[1]["answer"])) + room
+    store = instruct_store(
+        [Fixed("instruct", rows)], "train", tokenizer, data, max_tokens=max_tokens
+    )
+    assert store.counts.dropped == ({"answer too long": 1} if room == 3 else {})
+    if room > 3:
+        assert len(store.record(1)[0]) == room
+
+
 def test_excluded_prompts_are_dropped(tokenizer: Tokenizer, data: DataConfig) -> None:
     held_out = Fixed("problems", [{"question": "a?", "answer": "1"}])
     rows = [{"prompt": "a? ", "answer": "x"}, {"prompt": "b?", "answer": "y"}]
@@ -119,12 +135,20 @@ def test_pairs_are_cut_by_their_own_budgets(tokenizer: Tokenizer, data: DataConf
 
 
 def test_solutions(tokenizer: Tokenizer, data: DataConfig) -> None:
-    rows = [("q", "1 + 1 = 2.\n#### 2", 1.0), ("q", "#### 3", 0.0), ("q" * 99, "#### 3", 0.0)]
+    rows = [
+        ("q", "1 + 1 = 2.\n#### 2", 1.0),
+        ("q", "7 " * 40, 1.0),
+        ("x" * 99 + "the end?", "#### 3", 0.0),
+    ]
     options = {"key": {"policy": "a"}, "max_tokens": 40}
     store = solution_store(rows, tokenizer, data, **options)
     assert store.columns["label"].tolist() == [1.0, 0.0]
-    assert store.counts.dropped == {"too long": 1}
-    assert store.record(1)[1].tolist() == answer_ids(tokenizer, "#### 3")
+    assert store.counts.dropped == {"too long": 1}  # a solution is never cut
+    prompt, answer = (ids.tolist() for ids in store.record(1))  # a question is, from its start
+    assert answer == answer_ids(tokenizer, "#### 3")
+    assert len(prompt) + len(answer) == 40
+    assert prompt[:2] == [tokenizer.bos_id, tokenizer.user_id]
+    assert tokenizer.decode(prompt).endswith("the end?")
 
     def unread() -> Iterator[tuple[str, str, float]]:
         raise AssertionError("read again")
@@ -140,6 +164,18 @@ def test_malformed_rows_are_counted_then_refused(tokenizer: Tokenizer, data: Dat
     assert store.sources[0]["dropped"] == {"malformed": 2}
     with pytest.raises(DataError, match=r"here:1: no field; 3 malformed rows.*max_bad_rows=2"):
         text_store([Fixed("text", [None, good, None, None])], "train", tokenizer, data)
+
+
+def test_a_lower_limit_of_malformed_rows_holds_for_a_store_that_stands(
+    tokenizer: Tokenizer, data: DataConfig
+) -> None:
+    sources = [Fixed("text", [{"text": "good"}]), Fixed("text", [None, {"text": "fine"}, None])]
+    first = text_store(sources, "train", tokenizer, data)
+    assert text_store(sources, "train", tokenizer, data).folder == first.folder
+    strict = data.model_copy(update={"max_bad_rows": 1})
+    told = r"fixed, train split: 2 malformed rows are more than data.max_bad_rows=1"
+    with pytest.raises(DataError, match=told):
+        text_store(sources, "train", tokenizer, strict)
 
 
 def test_wrong_kind_is_refused(tokenizer: Tokenizer, data: DataConfig) -> None:

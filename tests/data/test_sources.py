@@ -194,7 +194,7 @@ def test_whole_alpaca_is_preferred(data: DataConfig, tmp_path: Path) -> None:
 
 
 def test_jsonl_kinds_and_fields(data: DataConfig, tmp_path: Path) -> None:
-    rows = [{"q": "1+1", "a": "2"}, {"q": "2+2", "a": "4"}]
+    rows = [{"q": "1+1", "a": "#### 2"}, {"q": "2+2", "a": "#### 4"}]
     path = write_rows(tmp_path / "rows.jsonl.gz", rows)
     fields = {"question": "q", "answer": "a"}
     source = make(
@@ -312,6 +312,76 @@ def test_long_text_is_split_by_hash(data: DataConfig, tmp_path: Path) -> None:
     assert all(parts)
 
 
+PARAGRAPHS = "".join(
+    f"Line {i} of a play, as {i * 7919} others have it,\nand its second line.\n\n"
+    for i in range(550)
+)
+SHORT_TEXTS = {
+    "paragraphs": PARAGRAPHS,
+    "lines": PARAGRAPHS.replace("\n\n", "\n"),
+    "one line": PARAGRAPHS.replace("\n", " "),
+    "not ASCII": PARAGRAPHS.replace("e", "\u00e9"),
+}
+
+
+@pytest.mark.parametrize("name", sorted(SHORT_TEXTS))
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_a_short_text_has_every_split(
+    data: DataConfig, tmp_path: Path, name: str, pack: Any
+) -> None:
+    text = SHORT_TEXTS[name]
+    assert len(text) < 40_000
+    for i in range(5):
+        path = tmp_path / f"{i}.txt{'.gz' if pack is gzip.compress else ''}"
+        path.write_bytes(pack(f"{i}. {text}".encode()))
+        source = make(data, "text", path=path)
+        parts = ["".join(keys(source, split)) for split in SPLITS]
+        assert all(parts) and sum(map(len, parts)) == len(text) + 3
+        assert len(parts[0]) > 0.75 * len(text)
+
+
+def test_a_text_with_held_out_files_is_not_cut_short(data: DataConfig, tmp_path: Path) -> None:
+    path = tmp_path / "play.txt"
+    path.write_text(PARAGRAPHS)
+    source = make(data, "text", path=path, validation_path=path, test_path=path)
+    assert keys(source, "train") == [PARAGRAPHS]
+
+
+@pytest.mark.parametrize(
+    ("name", "ways_out"),
+    [
+        ("text", "give a longer text, name a separator of documents, or"),
+        ("jsonl", "give more rows, or name"),
+    ],
+)
+def test_a_split_that_is_empty_says_the_ways_out(
+    data: DataConfig, tmp_path: Path, name: str, ways_out: str
+) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", [{"text": "the only one"}])
+    told = rf"rows\.jsonl: no row for the validation split.*{ways_out}.* as validation_path"
+    with pytest.raises(DataError, match=told):
+        make(data, name, path=path).check("validation")
+
+
+@pytest.mark.parametrize("answer", ["17 + 25 = 42", "It is so.\n#### ,", "#### x"])
+def test_problems_say_their_result(data: DataConfig, tmp_path: Path, answer: str) -> None:
+    rows = [{"question": "a", "answer": "#### 1"}, *[{"question": "b", "answer": answer}] * 3]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    source = make(data, "jsonl", path=path, test_path=path, kind="problems")
+    with pytest.raises(DataError, match=r"rows\.jsonl:4: field 'answer' has no line '#### number'"):
+        list(source.rows("test"))
+
+
+def test_deep_json_is_not_json(data: DataConfig, tmp_path: Path) -> None:
+    deep = "[" * 100_000
+    path = write_rows(tmp_path / "rows.jsonl", [*[deep] * 3])
+    with pytest.raises(DataError, match=r"rows\.jsonl:3: not JSON"):
+        list(make(data, "jsonl", path=path).rows("train"))
+    (tmp_path / "rows.json").write_text(deep)
+    with pytest.raises(DataError, match=r"rows\.json: not JSON"):
+        list(make(data, "jsonl", path=tmp_path / "rows.json").rows("train"))
+
+
 @pytest.mark.parametrize("name", ["jsonl", "text", "parquet"])
 def test_missing_empty_and_unreadable_files(data: DataConfig, tmp_path: Path, name: str) -> None:
     missing = make(data, name, path=tmp_path / "nothing.jsonl")
@@ -321,6 +391,11 @@ def test_missing_empty_and_unreadable_files(data: DataConfig, tmp_path: Path, na
     if name != "parquet":
         damaged = tmp_path / "rows.jsonl.gz"
         damaged.write_bytes(gzip.compress(b'{"text": "abc"}\n' * 99)[:-20])
+        with pytest.raises(DataError, match=r"rows\.jsonl\.gz: cannot be read"):
+            list(make(data, name, path=damaged).rows("train"))
+        altered = bytearray(gzip.compress(bytes(range(65, 91)) * 999))
+        altered[10] ^= 0xFF  # the first byte of what is compressed
+        damaged.write_bytes(altered)
         with pytest.raises(DataError, match=r"rows\.jsonl\.gz: cannot be read"):
             list(make(data, name, path=damaged).rows("train"))
         (tmp_path / "latin.jsonl").write_bytes(b"caf\xe9\n")

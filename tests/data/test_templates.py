@@ -10,7 +10,6 @@ from modern_llm.data.templates import (
     prompt_ids,
     prompt_text,
     split_hh,
-    text_ids,
     truncate_prompt,
 )
 from modern_llm.data.tokenizer import Tokenizer
@@ -24,7 +23,6 @@ def shown(tokenizer: Tokenizer, ids: list[int]) -> str:
 def test_prompt_and_answer(tokenizer: Tokenizer) -> None:
     assert shown(tokenizer, prompt_ids(tokenizer, "hi")) == "<|bos|><|user|>hi<|assistant|>"
     assert shown(tokenizer, answer_ids(tokenizer, "yes")) == "yes<|eos|>"
-    assert shown(tokenizer, text_ids(tokenizer, "a page")) == "<|bos|>a page<|eos|>"
 
 
 def test_dialogue(tokenizer: Tokenizer) -> None:

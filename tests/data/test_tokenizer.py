@@ -4,6 +4,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from modern_llm.config import DataConfig, TokenizerConfig
 from modern_llm.data.tokenizer import MIN_IDS, SPECIALS, Tokenizer, build_tokenizer
@@ -145,6 +147,39 @@ def test_bad_tokenizer_files(content: str | None, tmp_path: Path) -> None:
         path.write_text(content)
     with pytest.raises(DataError, match=r"tokenizer\.json"):
         Tokenizer.load(path)
+
+
+def lossy_tokenizers() -> dict[str, Backend]:
+    lower = Backend(models.WordLevel({"<unk>": 0, "two": 1, "spaces": 2}, unk_token="<unk>"))
+    lower.normalizer, lower.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
+    return {"words": lower, "two ids": Backend(models.BPE({"a": 0, "b": 1}, []))}
+
+
+@pytest.mark.parametrize("name", ["words", "two ids"])
+def test_a_tokenizer_that_loses_text_is_refused(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    lossy_tokenizers()[name].save(str(path))
+    with pytest.raises(DataError, match=r"tokenizer\.json: this tokenizer loses text"):
+        Tokenizer.load(path)
+
+
+def test_a_sentencepiece_tokenizer_is_taken(tmp_path: Path) -> None:
+    """Llama's kind: spaces are a character, a first one is added and taken away again."""
+    space = "\u2581"
+    vocab = {t: i for i, t in enumerate([*(f"<0x{b:02X}>" for b in range(256)), space, "T", "w"])}
+    backend = Backend(models.BPE(vocab, [], byte_fallback=True))
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend(space), normalizers.Replace(" ", space)]
+    )
+    backend.decoder = decoders.Sequence(
+        [
+            decoders.Replace(space, " "), decoders.ByteFallback(), decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )  # fmt: skip
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.load(tmp_path / "tokenizer.json")
+    assert tokenizer.decode(tokenizer.encode(" Two  w")) == " Two  w"
 
 
 def test_lone_surrogate_is_a_data_error(trained: Tokenizer) -> None:

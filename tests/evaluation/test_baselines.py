@@ -1,5 +1,6 @@
 import math
 import os
+import shutil
 import socket
 from pathlib import Path
 
@@ -101,6 +102,28 @@ def test_pickled_weights_are_refused(folder: Path, tmp_path: Path) -> None:
     torch.save({"harmless": torch.zeros(1)}, tmp_path / "pytorch_model.bin")
     missing = load_baseline(str(tmp_path))
     assert isinstance(missing, NotEvaluated)
+
+
+@pytest.mark.parametrize("damage", ["missing", "shape", "torn", "config"])
+def test_a_damaged_model_has_no_number(folder: Path, tmp_path: Path, damage: str) -> None:
+    """The library fills a missing weight with random numbers, with a warning at most."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    path = Path(shutil.copytree(folder, tmp_path / "model"))
+    file, name = path / "model.safetensors", "transformer.h.0.mlp.c_proj.weight"
+    weights = safetensors.load_file(file)
+    if damage == "torn":
+        file.write_bytes(file.read_bytes()[:-100])
+    elif damage == "config":
+        (path / "config.json").write_text('{"model_type": "gpt2", "n_embd": "many"}')
+    else:
+        del weights[name]
+        if damage == "shape":
+            weights[name] = torch.zeros(3, 3)
+        safetensors.save_file(weights, file, metadata={"format": "pt"})
+    missing = load_baseline(str(path))
+    assert isinstance(missing, NotEvaluated)
+    assert missing.what == f"baseline {path}"
+    assert damage != "missing" or name in missing.why
 
 
 def test_no_hub_and_no_copy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

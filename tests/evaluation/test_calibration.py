@@ -10,6 +10,7 @@ from modern_llm.evaluation.calibration import (
     ece_score,
     reliability,
 )
+from modern_llm.evaluation.intervals import wilson
 from modern_llm.evaluation.scores import NotEvaluated, Score
 
 
@@ -97,11 +98,22 @@ def test_ece_of_calibrated_scores_is_small() -> None:
 
 
 def test_reliability() -> None:
-    bins = reliability([0.0, 0.05, 0.1, 1.0], [False, True, True, True], n_bins=10)
+    labels = [False, True, True, True]
+    bins = reliability([0.0, 0.05, 0.1, 1.0], labels, range(4), n_bins=10)
     assert [b.n for b in bins] == [2, 1, 0, 0, 0, 0, 0, 0, 0, 1]
     assert bins[0].accuracy == 0.5
     assert bins[0].mean_score == pytest.approx(0.025)
-    assert bins[5].accuracy is None
-    assert bins[9].hi == 1.0
+    assert bins[5].accuracy is None and bins[5].ci95 is None
+    assert bins[9].hi == 1.0 and bins[9].ci95 == wilson(1, 1)
     with pytest.raises(ValueError, match=r"\[0, 1\]"):
-        reliability([1.5], [True])
+        reliability([1.5], [True], [0])
+
+
+def test_bars_of_a_bin_are_over_problems_not_answers() -> None:
+    labels = np.random.default_rng(0).random(60) < 0.6
+    apart, *_ = reliability(np.full(60, 0.01), labels, np.arange(60))
+    copies, *_ = reliability(np.full(240, 0.01), np.repeat(labels, 4), np.repeat(range(60), 4))
+    assert apart.ci95 is not None and copies.n == 240
+    assert copies.ci95 == pytest.approx(apart.ci95)  # four equal answers say no more than one
+    assert copies.ci95[0] < copies.accuracy < copies.ci95[1]
+    assert reliability([0.01, 0.02], [True, False], [7, 7])[0].ci95 is None  # one problem

@@ -72,3 +72,13 @@ def test_a_share_of_all_or_none_has_width() -> None:
     low, high = share_interval([0, 1, 1, 0.5]) or (0, 0)
     assert 0 <= low < 0.625 < high <= 1
     assert share_interval([]) is None
+
+
+def test_share_interval_of_units_of_different_weight() -> None:
+    right, of = [1, 0, 3, 2, 0, 4], [2, 1, 3, 4, 2, 4]
+    low, high = share_interval(right, of)
+    assert low < 10 / 16 < high
+    assert share_interval(np.multiply(right, 2), np.multiply(of, 2)) == (low, high)
+    assert share_interval([3, 1], [3, 1]) == wilson(2, 2)  # a trial for each unit
+    assert share_interval([0, 0], [3, 1]) == wilson(0, 2)
+    assert share_interval([1], [2]) is None

@@ -137,10 +137,6 @@ def test_all_protocols(toy: Any, tokenizer: Any) -> None:
     scores = all_protocols(toy, tokenizer, ["one <unk> two"], key="w", context=8)
     assert [s.key for s in scores[::3]] == ["w/ctx8/stride8/bos", "w/ctx8/stride4/bos"]
     assert "<unk>" in scores[0].note
-    with_pages = all_protocols(
-        toy, tokenizer, ["one two"], key="w", context=8, detokenize=detokenize
-    )
-    assert len(with_pages) == 9
 
 
 def test_mode_is_put_back_and_dropout_is_off(toy: Any, tokenizer: Any) -> None:

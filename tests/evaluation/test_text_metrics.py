@@ -86,6 +86,23 @@ def test_no_evaluate_library(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "'evaluate' cannot be imported" in missing.why
 
 
+@pytest.mark.parametrize("where", ["load", "compute"])
+def test_a_metric_that_raises_costs_itself_alone(
+    monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    class Broken:
+        def compute(self, **kwargs: Any) -> Any:
+            raise ZeroDivisionError("float division\nmore")
+
+    def load(name: str) -> Any:
+        return Broken().compute() if where == "load" else Broken()
+
+    monkeypatch.setattr(pytest.importorskip("evaluate"), "load", load)
+    (missing,) = text_metric("bleu", ["a"], ["a"], key="t")
+    why = "the metric's own code failed: ZeroDivisionError float division"
+    assert missing == NotEvaluated("t/bleu", why)
+
+
 def test_nothing_to_score(monkeypatch: pytest.MonkeyPatch) -> None:
     (missing,) = text_metric("rouge", [], [], key="t")
     assert isinstance(missing, NotEvaluated)

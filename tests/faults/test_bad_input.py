@@ -22,8 +22,9 @@ import torch
 from modern_llm.cli import main
 from modern_llm.config import ModelConfig
 from modern_llm.models import ModernDecoderLM
+from modern_llm.models.weights import model_weights
 from modern_llm.runtime.artifacts import locked, sha256_file, to_json
-from modern_llm.training.checkpoint import model_weights, read_checkpoint, write_checkpoint
+from modern_llm.training.checkpoint import read_checkpoint, write_checkpoint
 
 Make = Callable[..., Path]
 Refused = Callable[..., str]
@@ -84,6 +85,8 @@ def stage_command(stage: str, config: Path, tiny_run: Any) -> list[str]:
         ("model.ffn=swigluu", "unknown feed-forward 'swigluu'; did you mean 'swiglu'?"),
         ("model.position=roped", "unknown position encoding 'roped'; did you mean 'rope'?"),
         ("training.optimizer=adam_w", "unknown optimizer 'adam_w'; did you mean 'adamw'?"),
+        ("training.betas=[0.9,1.0]", "training.betas.1=1.0: Input should be less than 1"),
+        ('training.optimizer={"name":"muon","lr_ratio":-1}', "lr_ratio=-1 must be positive"),
         ("training.schedule=cosin", "unknown schedule 'cosin'; did you mean 'cosine'?"),
         ("sft.data.0=alpacca", "unknown data source 'alpacca'; did you mean 'alpaca'?"),
         ("model.position.thta=1", "unknown option 'thta'; did you mean 'theta'?"),

@@ -12,7 +12,8 @@ from modern_llm.errors import CheckpointError, ConfigError
 from modern_llm.inference.chat import chat, remembered
 from modern_llm.inference.session import Sampler, Session, decode_threads, load_model
 from modern_llm.models import ModernDecoderLM, VerifierModel, generate
-from modern_llm.training.checkpoint import model_weights, write_checkpoint
+from modern_llm.models.weights import model_weights
+from modern_llm.training.checkpoint import write_checkpoint
 
 CONFIG = ModelConfig(
     vocab_size=300, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=64, init_std=0.3

@@ -14,7 +14,8 @@ from modern_llm.interop import transformers_export
 from modern_llm.interop.shapes import shape_of
 from modern_llm.interop.transformers_export import export_transformers
 from modern_llm.models import ModernDecoderLM, VerifierModel
-from modern_llm.training.checkpoint import model_weights, write_checkpoint
+from modern_llm.models.weights import model_weights
+from modern_llm.training.checkpoint import write_checkpoint
 
 SIZES: dict[str, Any] = {
     "vocab_size": 320, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 48,
@@ -145,7 +146,7 @@ def test_tokenizer_and_chat_template(save: Any, tmp_path: Path, tokenizer: Token
         (LLAMA, {"norm": "layernorm"}, "model.norm=layernorm (needs rmsnorm)"),
         (LLAMA, {"position": "none"}, "model.position=none (needs rope)"),
         (GPT2, {"n_kv_heads": 2}, "model.n_kv_heads=2 (needs n_heads=4)"),
-        (GPT2, {"ffn": "swiglu"}, "model.ffn=swiglu (needs standard)"),
+        (GPT2, {"ffn": "swiglu", "activation": "gelu"}, "model.ffn=swiglu (needs standard)"),
     ],
 )
 def test_what_stands_in_the_way_is_named(
@@ -204,6 +205,12 @@ def test_a_wrong_export_is_never_published(
     with pytest.raises(CheckpointError, match="other ids"):
         export_transformers(checkpoint, tmp_path / "export")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint"]
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "mine.txt").write_text("keep")
+    with pytest.raises(CheckpointError, match="other ids"):
+        export_transformers(checkpoint, tmp_path / "export", on_exists="replace")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "export"]
+    assert (tmp_path / "export" / "mine.txt").read_text() == "keep"
 
 
 def test_a_damaged_checkpoint_and_a_verifier_are_refused(

@@ -52,6 +52,16 @@ def test_standard_is_its_formula() -> None:
     torch.testing.assert_close(ffn(x), h @ ffn.down.weight.T + ffn.down.bias, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", sorted(FFNS))
+def test_a_default_width_gives_every_feed_forward_the_same_size(name: str) -> None:
+    sizes = dict(vocab_size=11, d_model=96, n_layers=1, n_heads=2, max_seq_len=16)
+    settings = ModelConfig(**sizes, ffn=name)
+    ffn = FFNS.build(name, Dims.of(settings), settings.activation)
+    n_parameters = sum(parameter.numel() for parameter in ffn.parameters())
+    told = f"is {name} gated? then it belongs into GATED_FFNS of modern_llm/config/model.py"
+    assert n_parameters == pytest.approx(8 * 96**2, rel=0.02), told
+
+
 @pytest.mark.parametrize("ffn", sorted(FFNS))
 def test_mixture_is_the_gated_sum_of_its_experts(ffn: str) -> None:
     """Against each expert as a dense feed-forward, one token at a time, in float64."""
@@ -75,6 +85,24 @@ def test_mixture_is_the_gated_sum_of_its_experts(ffn: str) -> None:
         torch.testing.assert_close(actual, expected.float(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(routing.load_E, load / 20)
     torch.testing.assert_close(routing.prob_E, torch.stack(probs).mean(0).float())
+
+
+def test_the_router_of_one_expert_a_token_learns_from_the_output() -> None:
+    settings = config(moe={"n_experts": 4, "top_k": 1, "balance_coef": 0.0})
+    torch.manual_seed(0)
+    moe = MoE(settings, Dims.of(settings), settings.moe)
+    initialize(moe, settings)
+    x = torch.randn(1, 6, 8)
+    out, _ = moe(x)
+    out.square().sum().backward()
+    assert moe.router.weight.grad.abs().max() > 1e-6
+    # Switch, eq. 2: the expert's output times its probability.
+    token = x[0, 2]
+    prob = (moe.router.weight @ token).softmax(0)
+    best = int(prob.argmax())
+    dense = FFNS.build(Component("swiglu"), Dims.of(settings), "gelu")
+    dense.load_state_dict({n: p[best] for n, p in moe.experts.named_parameters()})
+    torch.testing.assert_close(out[0, 2], prob[best] * dense(token), rtol=1e-4, atol=1e-6)
 
 
 def test_balance_loss() -> None:

@@ -57,11 +57,11 @@ def test_differences_are_told_and_nothing_is_loaded() -> None:
     with pytest.raises(CheckpointError) as error:
         model.load_weights(other.weights())
     message = str(error.value)
-    assert "embedding.weight: 29x32 in the checkpoint, 23x32 in this model" in message
-    assert "head.weight: not in this model" in message
+    assert "'embedding.weight' is (29, 32) torch.float32, the model has (23, 32)" in message
+    assert "'head.weight' has no place" in message
     weights = model.weights()
     del weights["blocks.1.ffn.down.weight"]
-    with pytest.raises(CheckpointError, match=r"blocks\.1\.ffn\.down\.weight: missing"):
+    with pytest.raises(CheckpointError, match=r"'blocks\.1\.ffn\.down\.weight' is missing"):
         model.load_weights(weights)
     with pytest.raises(CheckpointError, match="and 6 more"):
         model.load_weights({})

@@ -174,11 +174,13 @@ def reasoning() -> dict[str, Any]:
     bins = []
     for i in range(10):
         mean = i / 10 + 0.05
+        right = min(1.0, mean**1.3 + 0.03)
         bins.append({
             "lo": i / 10, "hi": (i + 1) / 10, "mean_score": mean,
-            "accuracy": min(1.0, mean**1.3 + 0.03), "n": 90 + 22 * (i - 5) ** 2,
+            "accuracy": right, "n": 90 + 22 * (i - 5) ** 2,
+            "ci95": [max(0.0, right - 0.09), min(1.0, right + 0.07)],
         })  # fmt: skip
-    bins[4] = {"lo": 0.4, "hi": 0.5, "mean_score": None, "accuracy": None, "n": 0}
+    bins[4] = {"lo": 0.4, "hi": 0.5, "mean_score": None, "accuracy": None, "n": 0, "ci95": None}
     return {
         "policy": "dpo", "n_problems": 200, "temperature": 0.7,
         "curves": {

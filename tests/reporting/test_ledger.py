@@ -67,6 +67,62 @@ def test_the_scores_of_a_stage_count_without_an_evaluation(fake: Path, tmp_path:
     assert record_scores(fake, tmp_path / "ledger.jsonl") == 1
 
 
+def test_a_number_keeps_the_origin_that_computed_it(fake: Path, tmp_path: Path) -> None:
+    """Stage by stage: a stage's own score has its row before eval, and no second one after it."""
+    ledger, evaluated = tmp_path / "ledger.jsonl", load(fake / "eval" / "result.json")
+    (fake / "eval" / "result.json").unlink()
+    own = load(fake / "dpo" / "result.json")
+    own["scores"] = [{"key": "k", "metric": "kl", "value": 0.9, "n": 10}]
+    own["provenance"] |= {"ended": "2025-06-01T11:00:00+00:00"}
+    dump(fake / "dpo" / "result.json", own)
+    record_scores(fake, ledger)
+    later = {
+        "git_commit": "f" * 40, "dirty": True, "seed": 7, "versions": {"torch": "3.0"},
+        "ended": "2025-06-02T11:00:00+00:00",
+    }  # fmt: skip
+    evaluated["provenance"] |= later
+    verifier = load(fake / "verifier" / "result.json")["checkpoint"]
+    evaluated["reasoning"]["verifier_sha256"] = verifier["sha256"]
+    dump(fake / "eval" / "result.json", evaluated)
+    record_scores(fake, ledger)
+
+    rows = rows_of(ledger)
+    assert len(rows) == 1 + 26
+    made = own["checkpoint"]["sha256"]
+    (kl,) = (row for row in rows if row["metric"] == "kl")
+    assert kl["ended"] == own["provenance"]["ended"] and kl["versions"]["torch"] == "2.10.0"  # type: ignore[index]
+    assert kl["evaluated_with"] == kl["git_commit"] == COMMIT and kl["checkpoint_sha256"] == made
+    for row in rows:
+        if row is not kl:
+            assert {key: row[key] for key in later} == {**later, "git_commit": COMMIT}
+            assert row["evaluated_with"] == later["git_commit"]
+            final = load(fake / str(row["stage"]) / "result.json")["checkpoint"]
+            assert row["checkpoint_sha256"] == final["sha256"]
+
+
+def test_scores_of_a_checkpoint_that_is_no_more_are_left_out(fake: Path, tmp_path: Path) -> None:
+    value = load(fake / "eval" / "result.json")
+    value["models"][1]["checkpoint"]["sha256"] = "e" * 64
+    dump(fake / "eval" / "result.json", value)
+    assert record_scores(fake, tmp_path / "one.jsonl") == 20
+    assert "sft" not in {row["stage"] for row in rows_of(tmp_path / "one.jsonl")}
+
+    value["reasoning"]["verifier_sha256"] = "d" * 64
+    dump(fake / "eval" / "result.json", value)
+    assert record_scores(fake, tmp_path / "two.jsonl") == 12  # two models, nothing of the samples
+
+
+def test_a_checkpoint_from_elsewhere_has_its_own_hash(fake: Path, tmp_path: Path) -> None:
+    """``eval --checkpoint`` in a folder without the stage."""
+    made = load(fake / "sft" / "result.json")["checkpoint"]["sha256"]
+    shutil.rmtree(fake / "sft")
+    record_scores(fake, tmp_path / "ledger.jsonl")
+    found = {
+        r["checkpoint_sha256"] for r in rows_of(tmp_path / "ledger.jsonl") if r["stage"] == "sft"
+    }
+    assert found == {made}
+
+
 def test_processes_at_once_lose_no_row(fake: Path, tmp_path: Path) -> None:
     ledger = tmp_path / "ledger.jsonl"
     runs = [fake]

@@ -9,7 +9,6 @@ from PIL import Image
 
 from modern_llm.reporting.plots import figures, loss_curves
 from modern_llm.reporting.plots.canvas import smooth
-from modern_llm.reporting.plots.evaluation import wilson
 from modern_llm.reporting.results import read_run
 
 NAMES = ["stages.png", "loss.png", "training.png", "dpo.png", "best_of_n.png", "calibration.png"]
@@ -85,7 +84,15 @@ def test_smoothing_is_a_mean_over_the_neighbours() -> None:
     assert smooth([], 5) == []
 
 
-def test_wilson_interval_against_its_defining_equation() -> None:
-    for share, n in ((0.3, 40), (0.0, 10), (1.0, 7)):
-        for end in wilson(share, n):  # |p - end| = z sqrt(end (1 - end) / n) at both ends
-            assert (share - end) ** 2 == pytest.approx(1.959964**2 * end * (1 - end) / n, abs=1e-9)
+def test_bars_of_the_reliability_diagram_are_those_of_the_record(fake: Path) -> None:
+    path = fake / "eval" / "result.json"
+    value = load(path)
+    bins = value["reasoning"]["reliability"]
+    pictures = []
+    for width in (0.09, 0.2, None):
+        for b in bins:
+            middle = b["accuracy"] or 0.5
+            b["ci95"] = None if width is None else [middle - width, middle + width]
+        dump(path, value)
+        pictures.append(figures(read_run(fake))["calibration.png"])
+    assert len(set(pictures)) == 3

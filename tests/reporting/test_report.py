@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import re
@@ -12,7 +13,13 @@ from markdown_it import MarkdownIt
 from modern_llm.errors import DataError, ProtectedPathError
 from modern_llm.reporting import report as report_module
 from modern_llm.reporting.plots import figures
-from modern_llm.reporting.report import assets_folder, report_path, write_report
+from modern_llm.reporting.report import (
+    assets_folder,
+    is_current,
+    newest_report,
+    report_path,
+    write_report,
+)
 from modern_llm.reporting.values import Run
 
 DRAWN: dict[str, dict[str, bytes]] = {}
@@ -150,6 +157,56 @@ def test_missing_pieces_are_named(fake: Path, tmp_path: Path) -> None:
     assert check_links(path) == 2
 
 
+def test_an_evaluation_of_other_checkpoints_is_told_and_left_out(
+    fake: Path, tmp_path: Path
+) -> None:
+    value = load(fake / "eval" / "result.json")
+    value["models"][1]["checkpoint"]["sha256"] = "e" * 64
+    del value["models"][0]
+    dump(fake / "eval" / "result.json", value)
+
+    path, text = written(fake, tmp_path)
+
+    assert "> **`eval/result.json` is of other checkpoints of sft than this run has now:**" in text
+    missing = section(text, "## What could not be evaluated, and why")
+    assert "the sft checkpoint | eval scored another checkpoint" in re.sub(" +", " ", missing)
+    assert "the pretrain checkpoint | is not among those that eval scored" in re.sub(
+        " +", " ", missing
+    )
+    assert set(load(assets_folder(path) / "scores.json")) == {"dpo", "verifier"}
+    assert "62.0 % [60.1" not in text and "sft said so." not in text
+    assert "dpo said so." in text
+
+
+def test_pretraining_is_told_by_the_weights_that_are_handed_on(fake: Path, tmp_path: Path) -> None:
+    """Those of the last step, not of the lowest validation loss."""
+    log = fake / "pretrain" / "metrics.jsonl"
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    last = [row for row in rows if row["kind"] == "eval"][-1]
+    last["loss"] = 3.125
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    head = section(written(fake, tmp_path)[1], "## What each stage gained")
+
+    row = next(r for r in head.splitlines() if r.startswith("| pretrain"))
+    assert f"3.125 at step {STEPS['pretrain']}" in row
+
+
+def test_the_newest_report_is_found_and_known_to_be_current(fake: Path, tmp_path: Path) -> None:
+    assert newest_report(fake, tmp_path) is None
+    first, _ = written(fake, tmp_path)
+    os.utime(first, (1, 1))
+    assert newest_report(fake, tmp_path) == first and is_current(first, fake)
+    value = load(fake / "eval" / "result.json")
+    value["models"][0]["scores"][0]["value"] = 4.0
+    dump(fake / "eval" / "result.json", value)
+    assert not is_current(first, fake)
+    second, _ = written(fake, tmp_path)
+    assert newest_report(fake, tmp_path) == second != first and is_current(second, fake)
+    (assets_folder(second) / "scores.json").unlink()
+    assert not is_current(second, fake)
+
+
 def test_a_run_that_has_only_a_config(fake: Path, tmp_path: Path) -> None:
     run = tmp_path / "early"
     dump(run / "config.json", load(fake / "config.json"))
@@ -163,10 +220,22 @@ def test_a_run_that_has_only_a_config(fake: Path, tmp_path: Path) -> None:
 
 def test_nothing_is_evaluable_when_no_sample_is_right(fake: Path, tmp_path: Path) -> None:
     value = load(fake / "eval" / "result.json")
-    value["reasoning"]["curves"] = None
+    value["reasoning"] |= {"curves": None, "base_rate": 0.0}
     dump(fake / "eval" / "result.json", value)
 
     assert "not evaluable: no sample of any problem is right" in written(fake, tmp_path)[1]
+
+
+def test_one_right_sample_a_problem_is_no_lack_of_right_ones(fake: Path, tmp_path: Path) -> None:
+    value = load(fake / "eval" / "result.json")
+    value["reasoning"] |= {"curves": None, "base_rate": 0.42}
+    dump(fake / "eval" / "result.json", value)
+
+    text = written(fake, tmp_path)[1]
+
+    assert "42.0 % of all samples are right" in text
+    assert "no sample of any problem is right" not in text
+    assert "no problem has more than one sample" in text
 
 
 def test_a_parent_that_is_another_checkpoint_is_shouted(fake: Path, tmp_path: Path) -> None:
@@ -233,6 +302,22 @@ def test_replace_keeps_a_backup_of_both(fake: Path, tmp_path: Path) -> None:
     backups = sorted(p.name.split(".bak-")[0] for p in (tmp_path / "r").glob("*.bak-*"))
     assert backups == ["made-up_assets", "made-up_report.md"]
     assert next((tmp_path / "r").glob("*.md.bak-*")).read_text() == old
+
+
+def test_a_replacement_that_fails_leaves_the_old_report(
+    fake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, old = written(fake, tmp_path / "r")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(report_module, "write_bytes", full)
+    with pytest.raises(ProtectedPathError, match="No space left"):
+        write_report(fake, tmp_path / "r", on_exists="replace")
+
+    assert path.read_text() == old and check_links(path) == 6
+    assert not list((tmp_path / "r").glob("*.bak-*"))
 
 
 def test_a_report_without_its_figures_is_left_alone(fake: Path, tmp_path: Path) -> None:

@@ -21,6 +21,8 @@ def test_a_good_run_reads_without_faults(fake: Path) -> None:
     assert run.evaluation.reasoning is not None
     assert run.evaluation.reasoning.curves["oracle"][-1].value == 0.92
     assert len(run.evaluation.reasoning.bins) == 9  # the empty one has no mean
+    bin_ = run.evaluation.reasoning.bins[3]
+    assert bin_.ci95 == pytest.approx((bin_.accuracy - 0.09, bin_.accuracy + 0.07))
 
 
 def test_a_folder_that_is_no_run(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
+import errno
 import hashlib
 import json
+import logging
 import math
 import os
 import re
@@ -24,12 +26,12 @@ from modern_llm.runtime.artifacts import (
     published_folder,
     sha256_file,
     sha256_json,
-    sibling_names,
     to_json,
     write_bytes,
     write_json,
     write_text,
 )
+from modern_llm.runtime.names import sibling_names, standing_siblings
 
 STAMPED = re.compile(r"result_\d{8}-\d{6}(-\d+)?\.json")
 MakeDisk = Callable[..., Path]
@@ -174,6 +176,25 @@ def test_sigkill_before_the_name_appears_leaves_the_old_bytes(
         assert other.read_text() in ("old", "new" * 9999)
 
 
+@pytest.mark.parametrize("error", [errno.EPERM, errno.EOPNOTSUPP])
+def test_without_hard_links_results_are_as_protected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int
+) -> None:
+    def link(*_: Any) -> None:
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(artifacts.os, "link", link)
+    path = tmp_path / "result.json"
+    assert write_text(path, "one") == path
+    assert write_text(path, "no", on_exists="skip") is None
+    sibling = write_text(path, "two")
+    assert sibling is not None and STAMPED.fullmatch(sibling.name)
+    assert write_text(path, "three", on_exists="replace") == path
+    [backup] = tmp_path.glob("*.bak-*")
+    assert [p.read_text() for p in (path, sibling, backup)] == ["three", "two", "one"]
+    assert len(list(tmp_path.iterdir())) == 3
+
+
 def test_a_full_disk_is_told_and_leaves_nothing(make_disk: MakeDisk) -> None:
     disk = make_disk(kb=64)
     path = disk / "result.json"
@@ -205,10 +226,31 @@ def test_a_file_in_the_place_of_a_folder_is_told(tmp_path: Path) -> None:
 
 
 def test_siblings_go_on_for_ever(tmp_path: Path) -> None:
-    names = sibling_names(tmp_path / "plot.png")
+    names = sibling_names(tmp_path / "plot.png", suffix=".png")
     first = [next(names).name for _ in range(4)]
     stamp = first[1].removeprefix("plot_").removesuffix(".png")
     assert first == ["plot.png", f"plot_{stamp}.png", f"plot_{stamp}-2.png", f"plot_{stamp}-3.png"]
+
+
+def test_a_folder_with_a_dot_in_its_name_has_no_suffix(tmp_path: Path) -> None:
+    made = [new_folder(tmp_path / "v0.1") for _ in range(3)]
+    names = [folder.name for folder in made if folder]
+    assert names[0] == "v0.1" and all(
+        re.fullmatch(r"v0\.1_\d{8}-\d{6}(-\d)?", n) for n in names[1:]
+    )
+
+
+@pytest.mark.parametrize(("name", "suffix"), [("v0.1", ""), ("v0.1_report.md", ".md")])
+def test_siblings_are_found_again_the_newest_first(tmp_path: Path, name: str, suffix: str) -> None:
+    stem = name.removesuffix(suffix)
+    made = [name, f"{stem}_20260101-000000-2{suffix}", f"{stem}_20250101-000000{suffix}"]
+    others = [f"{stem}_2nd{suffix}", f"{name}.bak-20260101-000000-1", f"x{name}", f"v0_1{suffix}"]
+    for age, other in enumerate((*made, *others)):
+        (tmp_path / other).touch()
+        os.utime(tmp_path / other, (1000 - age, 1000 - age))
+    found = standing_siblings(tmp_path / name, suffix=suffix)
+    assert [path.name for path in found] == made
+    assert standing_siblings(tmp_path / "nowhere" / name) == []
 
 
 # --- hashes -------------------------------------------------------------------------------------
@@ -284,6 +326,52 @@ def test_a_published_folder_loses_a_race_cleanly(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["store"]
 
 
+def test_a_folder_is_replaced_only_when_the_new_one_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "store"
+    target.mkdir()
+    (target / "a").write_text("old")
+
+    with pytest.raises(ValueError), published_folder(target, replace=True) as staging:
+        (staging / "a").write_text("new")
+        raise ValueError
+    assert [p.name for p in tmp_path.iterdir()] == ["store"]
+
+    rename = os.rename
+
+    def refuse(source: Path, name: Path) -> None:
+        if source.name.startswith(".tmp-"):
+            raise OSError(errno.EIO, "Input/output error")
+        rename(source, name)
+
+    monkeypatch.setattr(artifacts.os, "rename", refuse)
+    with pytest.raises(ProtectedPathError), published_folder(target, replace=True) as staging:
+        (staging / "a").write_text("new")
+    assert contents(target) == {"a": b"old"}
+    assert [p.name for p in tmp_path.iterdir()] == ["store"]
+    monkeypatch.undo()
+
+    with published_folder(target, replace=True) as staging:
+        (staging / "a").write_text("new")
+    assert contents(target) == {"a": b"new"}
+    [backup] = tmp_path.glob("store.bak-*")
+    assert contents(backup) == {"a": b"old"}
+
+
+def test_a_file_that_cannot_be_read_is_not_told_as_a_full_disk(tmp_path: Path) -> None:
+    """The block that fills a folder reads data too."""
+    with pytest.raises(ProtectedPathError) as told, published_folder(tmp_path / "store"):
+        raise OSError(errno.EIO, "Input/output error", "/data/texts.jsonl")
+    assert "/data/texts.jsonl" in str(told.value)
+    assert "free space" not in str(told.value)
+    with (
+        pytest.raises(ProtectedPathError, match="No space left on device; free space or"),
+        published_folder(tmp_path / "store"),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
 def test_a_killed_publication_is_invisible(tmp_path: Path) -> None:
     code = (
         "with a.published_folder(Path(sys.argv[1])) as s:\n"
@@ -344,6 +432,24 @@ def test_a_lock_names_its_holder_and_dies_with_it(tmp_path: Path) -> None:
         assert f"pid {os.getpid()} " in (folder / ".lock").read_text()
     with locked(folder):  # released on leaving
         pass
+
+
+@pytest.mark.parametrize("error", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_without_locks_it_goes_on_and_says_so_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: int
+) -> None:
+    def flock(*_: Any) -> None:
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(artifacts.fcntl, "flock", flock)
+    with caplog.at_level(logging.WARNING, logger="modern_llm"):
+        for step in (1, 2):
+            with locked(tmp_path):
+                assert JsonLines(tmp_path / "m.jsonl").append({"kind": "train", "step": step})
+        write_text(tmp_path / "a", "1")
+        write_text(tmp_path / "a", "2", on_exists="replace")
+    assert caplog.text.count("its file system has no locks") == 1
+    assert [row["step"] for row in rows(tmp_path / "m.jsonl")] == [1, 2]
 
 
 # --- logs ---------------------------------------------------------------------------------------

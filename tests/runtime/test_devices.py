@@ -27,9 +27,12 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Pretend that there are so many GPUs."""
 
     def pretend(count: int, *, bf16: bool = True) -> None:
+        def supported(including_emulation: bool = True) -> bool:
+            return bf16 or including_emulation  # every GPU can emulate it
+
         monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: bf16)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
 
     return pretend
@@ -49,6 +52,20 @@ def test_an_absent_device_is_refused(gpus: Any, name: str) -> None:
     gpus(0)
     with pytest.raises(ConfigError, match=f"training.device: '{name}' is not available here"):
         resolve_device(name)
+
+
+def test_a_refusal_names_the_field(gpus: Any) -> None:
+    gpus(0)
+    for name in ("cuda", "tpu9"):
+        with pytest.raises(ConfigError, match=r"^eval\.device: "):
+            resolve_device(name, field="eval.device")
+    with pytest.raises(ConfigError, match=r"^eval\.precision: fp16"):
+        check_precision("fp16", CPU, field="eval.precision")
+    gpus(1, bf16=False)
+    with pytest.raises(ConfigError, match=r"^eval\.device: 'cuda:1'"):
+        resolve_device("cuda:1", field="eval.device")
+    with pytest.raises(ConfigError, match=r"^eval\.precision: this GPU"):
+        check_precision("bf16", torch.device("cuda"), field="eval.precision")
 
 
 def test_a_gpu_beyond_the_last_is_refused(gpus: Any) -> None:

@@ -37,6 +37,34 @@ def test_an_interrupt_after_a_termination_waits() -> None:
         assert stop.requested == "SIGTERM"
 
 
+def test_a_call_that_may_be_lost_is_left_where_it_is() -> None:
+    def interrupted() -> int:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("not reached")
+
+    def replaced() -> int:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except BaseException:
+            raise ImportError("initialization failed") from None
+        return 3
+
+    def swallowed() -> int:
+        with suppress(BaseException):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return 3
+
+    for call in (interrupted, replaced, swallowed):
+        with StopSignal() as stop:
+            assert stop.unless(lambda: 3) == 3
+            with pytest.raises(ZeroDivisionError):
+                stop.unless(lambda: 1 // 0)
+            assert stop.unless(call) is None
+            assert stop.requested == "SIGTERM"
+            assert stop.unless(lambda: pytest.fail("called after the signal")) is None
+            os.kill(os.getpid(), signal.SIGTERM)  # outside of a call it is noted alone
+
+
 def test_handlers_come_back_after_an_error() -> None:
     before = [signal.getsignal(number) for number in STOP_SIGNALS]
     with pytest.raises(ZeroDivisionError), StopSignal():

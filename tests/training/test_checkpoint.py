@@ -13,10 +13,10 @@ import torch
 
 from modern_llm.errors import CheckpointError, DivergedError, ProtectedPathError
 from modern_llm.models import ModernDecoderLM
+from modern_llm.models.weights import model_weights
 from modern_llm.runtime.artifacts import sha256_file, to_json
 from modern_llm.training import (
     load_model_weights,
-    model_weights,
     read_checkpoint,
     verify_checkpoint,
     write_checkpoint,
@@ -155,6 +155,18 @@ def test_a_manifest_cannot_name_files_elsewhere(folder: Path) -> None:
     (folder / "manifest.json").write_text(to_json(manifest))
     with pytest.raises(CheckpointError, match="altered"):
         verify_checkpoint(folder)
+
+
+def test_a_state_that_was_added_is_refused(folder: Path) -> None:
+    state = (folder / "trainer.pt").read_bytes()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["files"]["trainer.pt"]
+    (folder / "trainer.pt").unlink()
+    (folder / "manifest.json").write_text(to_json(manifest))
+    verify_checkpoint(folder)
+    (folder / "trainer.pt").write_bytes(state)
+    with pytest.raises(CheckpointError, match=r"trainer.pt was added: it is not in the manifest"):
+        read_checkpoint(folder)
 
 
 def test_a_newer_format_is_refused_with_the_way_out(folder: Path) -> None:

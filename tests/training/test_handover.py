@@ -9,7 +9,8 @@ from modern_llm.data.templates import TEMPLATE_HASH
 from modern_llm.data.tokenizer import Tokenizer, build_tokenizer
 from modern_llm.errors import CheckpointError
 from modern_llm.models import ModernDecoderLM
-from modern_llm.training.checkpoint import Checkpoint, model_weights, read_checkpoint
+from modern_llm.models.weights import model_weights
+from modern_llm.training.checkpoint import Checkpoint, read_checkpoint
 from modern_llm.training.checkpoint import write_checkpoint as write
 from modern_llm.training.handover import model_config, read_tokenizer
 

@@ -1,3 +1,4 @@
+import errno
 import json
 import logging
 import math
@@ -19,16 +20,19 @@ from modern_llm.errors import (
     ProtectedPathError,
     StoppedBySignal,
 )
+from modern_llm.runtime.artifacts import to_json
 from modern_llm.training import (
     FirstLoss,
     LMObjective,
     Terms,
     Trainer,
+    checkpoint,
     list_checkpoints,
     model_weights,
     read_checkpoint,
     verify_checkpoint,
 )
+from modern_llm.training.checkpoint import FORMAT
 
 Trainers = Callable[..., Trainer]
 TIMING = ("tokens_per_s", "mfu", "memory_gb", "time_s", "seconds")
@@ -121,6 +125,86 @@ def test_stop_and_resume_is_bit_exact(
             assert all(torch.equal(one[key][name], other[key][name]) for name in one[key])
 
 
+def looks(trainers: Trainers, folder: Path, *, signal_in: str = "", **options: Any) -> Trainer:
+    """A run that evaluates and samples every 4 steps; a signal comes in the named hook call."""
+    seen: list[str] = []
+
+    def hook(name: str, model: nn.Module, calls: list[str]) -> None:
+        torch.rand(3)  # a hook that draws must not change the run
+        calls.append(name)
+        if f"{name} {calls.count(name)}" == signal_in:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        hook("eval", model, seen)
+        seen.append("whole eval")
+        return {"loss": float(model.embedding.weight.norm())}  # type: ignore[union-attr,operator]
+
+    def sample(model: nn.Module) -> dict[str, str]:
+        hook("sample", model, seen)
+        return {"text": f"{float(model.embedding.weight.sum()):.6f}"}  # type: ignore[union-attr,operator]
+
+    every = {"eval_every": 4, "sample_every": 4, "save_every": 4}
+    made = trainers(folder, evaluate=evaluate, sample=sample, **{**every, **options})
+    made.seen = seen  # type: ignore[attr-defined]
+    return made
+
+
+@pytest.mark.parametrize(
+    ("stop", "at", "evaluated"),
+    [
+        ({"objective": 4}, 4, 1),  # in the step that an evaluation follows
+        ({"objective": 12}, 12, 1),  # in the last one
+        ({"signal_in": "eval 1"}, 0, 0),  # before the first step
+        ({"signal_in": "eval 2"}, 4, 1),
+        ({"signal_in": "eval 4"}, 12, 3),
+        ({"signal_in": "sample 2"}, 8, 3),
+    ],
+)
+def test_a_stop_does_not_wait_for_evaluation_and_the_next_start_does_it(
+    make_trainer: Trainers, tmp_path: Path, stop: dict[str, Any], at: int, evaluated: int
+) -> None:
+    whole = looks(make_trainer, tmp_path / "a" / "pretrain").fit()
+    folder = tmp_path / "b" / "pretrain"
+    options = dict(stop)
+    if "objective" in stop:
+        options["objective"] = StopAt(stop["objective"], signal.SIGTERM)
+        evaluated = (at - 1) // 4 + 1
+    first = looks(make_trainer, folder, **options)
+    with pytest.raises(StoppedBySignal, match=f"SIGTERM after step {at}; saved"):
+        first.fit()
+    assert first.seen.count("whole eval") == evaluated  # type: ignore[attr-defined]
+    assert list_checkpoints(folder / "checkpoints")[-1].name == f"step-{at:08d}"
+    assert [row["step"] for row in rows(folder)] == [*range(1, at + 1)]
+    assert first.model.training
+
+    again = looks(make_trainer, folder)
+    result = again.fit()
+    for kind in ("train", "eval", "sample"):
+        assert rows(tmp_path / "a" / "pretrain", kind) == rows(folder, kind)
+    assert again.seen.count("whole eval") == 4 - evaluated  # type: ignore[attr-defined]
+    assert (result.sha256, result.best) == (whole.sha256, whole.best)
+    assert again.loader.asked == [*range(at, 12)]
+
+
+def test_the_best_checkpoint_is_kept_though_it_was_saved_before_its_evaluation(
+    make_trainer: Trainers, tmp_path: Path
+) -> None:
+    folder, losses = tmp_path / "pretrain", iter([9.0, 1.0, 5.0, 5.0, 5.0, 5.0])
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        return {"loss": next(losses)}
+
+    options = {"evaluate": evaluate, "eval_every": 4, "save_every": 4, "max_steps": 20}
+    for steps in (4, 6):
+        with pytest.raises(StoppedBySignal):
+            make_trainer(folder, objective=StopAt(steps, signal.SIGTERM), **options).fit()
+    result = make_trainer(folder, **options).fit()
+    assert result.best == {"step": 4, "loss": 1.0}
+    kept = [f.name for f in list_checkpoints(folder / "checkpoints")]
+    assert kept[0] == "step-00000004"
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_signals_finish_the_step_save_and_ask_for_a_restart(
     make_trainer: Trainers, tmp_path: Path, number: signal.Signals
@@ -191,6 +275,57 @@ def test_resume_passes_over_a_damaged_checkpoint(make_trainer: Trainers, tmp_pat
     assert list((folder / "checkpoints").glob("step-00000009.bak-*"))
 
 
+@pytest.mark.parametrize("fault", ["format", "stale", "rights"])
+def test_resume_refuses_what_it_cannot_read_and_leaves_it(
+    make_trainer: Trainers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """It may be good: going on from an older one, or from nothing, would lose steps."""
+    folder = tmp_path / "pretrain"
+    make_trainer(folder).fit()
+    newest = folder / "checkpoints" / "step-00000012"
+    if fault == "format":
+        manifest = json.loads((newest / "manifest.json").read_text())
+        (newest / "manifest.json").write_text(to_json({**manifest, "format": FORMAT + 1}))
+        told = "was written by a newer version: upgrade"
+    elif fault == "stale":
+        read = Path.read_bytes
+
+        def stale(path: Path) -> bytes:
+            if path == newest / "manifest.json":
+                raise OSError(errno.ESTALE, "Stale file handle", str(path))
+            return read(path)
+
+        monkeypatch.setattr(Path, "read_bytes", stale)
+        told = "step-00000012 cannot be read .*Stale file handle"
+    else:
+
+        def denied(path: Path) -> str:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+        monkeypatch.setattr(checkpoint, "sha256_file", denied)
+        told = "step-00000012 cannot be read .*Permission denied"
+    with pytest.raises(CheckpointError, match=told):
+        make_trainer(folder, max_steps=13).fit()
+    assert [path.name for path in list_checkpoints(folder / "checkpoints")] == [
+        "step-00000008",
+        "step-00000012",
+    ]
+    assert not list(folder.rglob("*.bak-*"))
+
+
+def test_a_published_model_that_cannot_be_read_is_not_moved(
+    make_trainer: Trainers, tmp_path: Path
+) -> None:
+    folder = tmp_path / "pretrain"
+    make_trainer(folder).fit()
+    path = folder / "final" / "manifest.json"
+    newer = {**json.loads(path.read_text()), "format": FORMAT + 1}
+    path.write_text(to_json(newer))
+    with pytest.raises(CheckpointError, match="newer version"):
+        make_trainer(folder).fit()
+    assert json.loads(path.read_text()) == newer
+
+
 def test_resume_off_refuses_a_folder_with_checkpoints(
     make_trainer: Trainers, tmp_path: Path
 ) -> None:
@@ -252,11 +387,11 @@ def test_divergence_names_step_and_last_good_checkpoint(
     folder = tmp_path / "pretrain"
     with pytest.raises(DivergedError) as told:
         make_trainer(folder, objective=DivergesAt(7)).fit()
-    for part in ("step 7", "loss=nan", "step-00000004"):
+    for part in ("step 7", "loss=nan", "lower training.lr", "step-00000004"):
         assert part in str(told.value)
     assert rows(folder, "stop")[0]["status"] == "diverged"
     assert [f.name for f in list_checkpoints(folder / "checkpoints")] == ["step-00000004"]
-    with pytest.raises(DivergedError, match="no checkpoint yet"):
+    with pytest.raises(DivergedError, match="last good checkpoint: none yet"):
         make_trainer(tmp_path / "other", objective=DivergesAt(2)).fit()
 
 
@@ -317,6 +452,22 @@ def test_best_checkpoint_is_kept_and_hooks_run_on_time(
     assert same_weights(plain.checkpoint, result.checkpoint)
 
 
+def test_the_load_of_every_expert_is_logged(
+    make_trainer: Trainers, make_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    model = make_model(moe={"n_experts": 4, "top_k": 2})
+    make_trainer(tmp_path, model=model, max_steps=2).fit()
+    logged = rows(tmp_path)
+    assert len(logged) == 2
+    for row in logged:
+        for layer in (0, 1):
+            load = row[f"expert_load.layer.{layer}"]
+            assert len(load) == 4
+            assert sum(load) == pytest.approx(1.0)
+            assert all(0 <= share <= 0.5 for share in load)
+        assert row["balance_loss"] > 0
+
+
 def test_no_evaluation_between_start_and_end(make_trainer: Trainers, tmp_path: Path) -> None:
     folder = tmp_path / "pretrain"
     make_trainer(folder, evaluate=lambda model: {"loss": 1.0}, eval_every=0).fit()
@@ -342,8 +493,9 @@ def test_a_model_in_eval_mode_trains_without_dropout(
 
 def test_the_first_loss_is_checked_once(make_trainer: Trainers, tmp_path: Path) -> None:
     wrong = FirstLoss(math.log(2), 1e-4, "ln 2", refuse=True)
-    with pytest.raises(DivergedError, match="the start is broken"):
+    with pytest.raises(DivergedError, match="the start is broken") as told:
         make_trainer(tmp_path / "dpo", first_loss=wrong).fit()
+    assert "training.lr" not in str(told.value)  # no rate was used yet
     folder = tmp_path / "other"
     right = FirstLoss(math.log(32), 0.5, "ln V", refuse=True)
     with pytest.raises(StoppedBySignal):

@@ -1,5 +1,6 @@
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -73,6 +74,27 @@ def test_gradient_is_that_of_the_mean_over_tokens(make_model: Models, make_confi
     assert stats.loss == pytest.approx(float(loss), rel=1e-5)
     for name, p in model.named_parameters():
         torch.testing.assert_close(actual[name].double(), p.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_the_balance_loss_is_learned_from_and_not_logged(
+    make_model: Models, make_config: Configs
+) -> None:
+    moe = {"n_experts": 4, "top_k": 2, "balance_coef": 0.5}
+    whole, config = ragged_rows(), make_config(max_grad_norm=1e9)
+    model = make_model(dropout=0.0, moe=moe)
+    with_it, stats = gradients(model, [whole], config)
+    plain = make_model(dropout=0.0, moe={**moe, "balance_coef": 0.0})
+    without, plain_stats = gradients(plain, [whole], config)
+    assert stats.loss == plain_stats.loss
+
+    fresh = make_model(dropout=0.0, moe=moe)
+    fresh(whole.tokens_BT)
+    fresh.aux_loss().backward()
+    name = "blocks.0.moe.router.weight"
+    own = fresh.get_parameter(name).grad
+    assert own.norm() > 1e-4
+    torch.testing.assert_close(with_it[name] - without[name], own, rtol=1e-3, atol=1e-6)
+    assert float(stats.metrics["balance_loss"]) == pytest.approx(float(fresh.aux_loss()))
 
 
 def test_gradient_is_clipped_once_to_the_norm(make_model: Models, make_config: Configs) -> None:
@@ -190,6 +212,52 @@ def test_fp16_scaler_skips_an_overflow_and_gives_up_on_a_broken_gradient(
     update = Update(model, LMObjective(), make_config(precision="fp16"), device=CPU)
     update(split(ragged_rows(), 4), step=0)
     assert not torch.equal(model.embedding.weight, before)
+
+
+def scaled(make_config: Configs, model: nn.Module, objective: Any, **options: Any) -> Update:
+    """An update whose fp16 scaler is at work, over a model that computes in float32."""
+    return Update(model, objective, make_config(precision="fp16", **options), device=CPU)
+
+
+@pytest.fixture
+def no_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fp16 needs a GPU; the scaler does not."""
+    monkeypatch.setattr("modern_llm.training.update.autocast", lambda *_: nullcontext())
+
+
+@pytest.mark.usefixtures("no_autocast")
+def test_clipping_sees_the_gradient_without_the_scale(
+    make_model: Models, make_config: Configs
+) -> None:
+    """The scale is a power of two, so the step is that without one."""
+    models = [make_model(dropout=0.0), make_model(dropout=0.0)]
+    options = {"max_grad_norm": 0.1, "optimizer": "adamw", "eps": 1e-2}  # eps: the size counts
+    plain = Update(models[0], LMObjective(), make_config(**options), device=CPU)
+    fp16 = scaled(make_config, models[1], LMObjective(), **options)
+    for step in range(3):
+        stats = [u(split(ragged_rows(), 4), step=step) for u in (plain, fp16)]
+        assert stats[0].grad_norm > 0.1
+        assert stats[1].grad_norm == pytest.approx(stats[0].grad_norm, rel=1e-5)
+    assert fp16.scaler.get_scale() == 2.0**16
+    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.usefixtures("no_autocast")
+def test_the_scale_comes_back_with_the_state(make_model: Models, make_config: Configs) -> None:
+    overflows = scaled(make_config, make_model(), Poisoned(gradient=math.inf))
+    for step in range(2):
+        overflows(split(ragged_rows(), 4), step=step)
+    overflows.objective = LMObjective()
+    overflows(split(ragged_rows(), 4), step=2)
+    assert overflows.scaler.get_scale() == 2.0**14
+
+    again = scaled(make_config, make_model(), LMObjective())
+    again.load_state_dict(overflows.state_dict())
+    assert again.scaler.state_dict() == overflows.scaler.state_dict()
+    assert again.scaler.get_scale() == 2.0**14
+    again(split(ragged_rows(), 4), step=3)
+    assert again.scaler.state_dict()["_growth_tracker"] == 2  # of good steps in a row
 
 
 def test_unknown_optimizer_is_refused(make_model: Models, make_config: Configs) -> None:

@@ -1,7 +1,6 @@
 """The chain of stages: which folder, which parents, preflight, restart, report."""
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +11,18 @@ from modern_llm.alignment.stages import STAGES, Stage
 from modern_llm.config import STAGES as STAGE_ORDER
 from modern_llm.config import PipelineConfig
 from modern_llm.errors import ConfigError, ProtectedPathError
-from modern_llm.runtime.artifacts import Policy, back_up, locked, new_folder, write_json
+from modern_llm.runtime.artifacts import (
+    Policy,
+    back_up,
+    locked,
+    new_folder,
+    write_json,
+)
 from modern_llm.runtime.environment import environment
 from modern_llm.runtime.logs import get_logger
+from modern_llm.runtime.names import standing_siblings
 
 log = get_logger(__name__)
-SIBLING = re.compile(r"_\d{8}-\d{6}(-\d+)?")  # what `sibling_names` adds to a run's name
 
 
 @dataclass(frozen=True)
@@ -38,9 +43,12 @@ class AlignmentPipeline:
         config: the whole run, resolved.
         on_exists: what to do where another run, or a finished stage, stands already: ``timestamp``
             a new folder beside it, ``skip`` nothing, ``replace`` start again (a backup is kept).
-        resume: go on with a run that exists, or refuse.
+        resume: go on with a run that exists, or refuse; not together with ``replace``.
         allow_data_change: go on with a stopped stage although its data is not what it was.
         origin: ``preset`` and ``command`` that the run was started with, for its record.
+
+    Raises:
+        ConfigError: a run cannot both go on and start again.
     """
 
     def __init__(
@@ -52,6 +60,8 @@ class AlignmentPipeline:
         allow_data_change: bool = False,
         origin: Mapping[str, str] | None = None,
     ) -> None:
+        if resume and on_exists == "replace":
+            raise ConfigError("--resume goes on with a run, --force starts again; give one of them")
         self.config = concrete(config)
         self.on_exists = on_exists
         self.resume = resume
@@ -104,6 +114,11 @@ class AlignmentPipeline:
             self.config, run, self._parent(run, name, checkpoint),
             allow_data_change=self.allow_data_change,
         )  # fmt: skip
+        if stage.outdated():
+            if self.on_exists == "skip":
+                log.warning("%s is of other checkpoints than now; left (--no-overwrite)", folder)
+                return False
+            log.warning("%s is of other checkpoints: kept as %s", folder, back_up(folder).name)
         stage.claim()
         if (folder / "result.json").exists():
             log.info("%s: finished already, %s", name, folder / "result.json")
@@ -119,15 +134,11 @@ class AlignmentPipeline:
 
     def _standing(self) -> Path | None:
         """The folder of this very config, if it ran before: the newest of its name."""
-        base = self.config.paths.output / self.config.name
         wanted = self.config.sha256()
-        found = [
-            folder
-            for folder in (base, *base.parent.glob(f"{base.name}_2*"))
-            if folder == base or SIBLING.fullmatch(folder.name.removeprefix(base.name))
-            if (folder / "config.json").is_file() and _config_hash(folder) == wanted
-        ]
-        return max(found, key=lambda f: f.stat().st_mtime, default=None)
+        for folder in standing_siblings(self.config.paths.output / self.config.name):
+            if (folder / "config.json").is_file() and _config_hash(folder) == wanted:
+                return folder
+        return None
 
     def _claim_folder(self) -> Path | None:
         base = self.config.paths.output / self.config.name

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from modern_llm.config import DPOConfig
 from modern_llm.data.collate import PairBatch
-from modern_llm.training.objectives import Terms
+from modern_llm.training.objectives import Terms, with_balance_loss
 
 
 def pair_logprobs(model: nn.Module, batch: PairBatch) -> Tensor:
@@ -86,12 +86,12 @@ class DPOObjective:
         reward_B2 = beta * ratio_B2.detach()
         margin_B = reward_B2[:, 0] - reward_B2[:, 1]
         metrics = {
-            "accuracy": (margin_B > 0).float().sum(),
+            "accuracy": ((margin_B.sign() + 1) / 2).sum(),  # a tie counts one half
             "margin": margin_B.sum(),
             "chosen_reward": reward_B2[:, 0].sum(),
             "rejected_reward": reward_B2[:, 1].sum(),
         }
-        return Terms(loss_B.sum(), metrics)
+        return with_balance_loss(model, Terms(loss_B.sum(), metrics), len(loss_B))
 
     def at_reference(self) -> float:
         """Loss of one pair when the policy is the reference: ln 2, or IPO's squared target."""

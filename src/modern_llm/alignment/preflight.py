@@ -17,6 +17,7 @@ from modern_llm.alignment.stages.evaluate import POLICIES
 from modern_llm.config import TRAINED_STAGES, DataConfig, PipelineConfig, SourceConfig
 from modern_llm.data.sources import open_source
 from modern_llm.data.sources.hub import stay_offline_if_unreachable
+from modern_llm.data.templates import MIN_PROMPT_TOKENS
 from modern_llm.data.tokenizer import MIN_IDS, build_tokenizer
 from modern_llm.errors import CheckpointError, ConfigError, ModernLLMError, ProtectedPathError
 from modern_llm.models import ModernDecoderLM
@@ -27,14 +28,13 @@ from modern_llm.models.positions import POSITIONS
 from modern_llm.runtime.artifacts import sha256_file
 from modern_llm.runtime.devices import check_precision, resolve_device, single_process
 from modern_llm.training.checkpoint import MANIFEST, META, read_checkpoint, verify_checkpoint
-from modern_llm.training.optim import OPTIMIZERS
+from modern_llm.training.optim import build_optimizers
 from modern_llm.training.schedule import Schedule
 from modern_llm.training.throughput import peak_flops
 
 ASSUMED_MFU = 0.4  # share of the device's peak that a plan counts on
 STATE_BYTES = 16  # a parameter's fp32 weight, gradient and two moments
 WEIGHT_BYTES = 4
-MIN_PROMPT_TOKENS = 3  # the markers around a prompt
 ANSWERED = ("instruct", "problems")
 STAGE_KINDS = {"pretrain": ("text",), "sft": ANSWERED, "dpo": ("pairs",), "verifier": ("problems",)}
 
@@ -157,9 +157,12 @@ class Preflight:
         yield single_process
         for stage in self.trained:
             training = self.config.stage(stage).training
-            yield partial(OPTIMIZERS.check, training.optimizer.name, training.optimizer.options)
+            yield partial(build_optimizers, _tiny_model(), training)
             yield partial(Schedule, training)
-            yield partial(_check_device, training.device, training.precision)
+            yield partial(_check_device, "training", training.device, training.precision)
+        if "eval" in self.stages:
+            tasks = self.config.eval
+            yield partial(_check_device, "eval", tasks.device, tasks.precision)
         yield self._check_lengths
         yield self._check_tokenizer
         for source, split, kinds in self._sources():
@@ -308,9 +311,15 @@ def _check_source(
     opened.check(split)
 
 
+def _tiny_model() -> torch.nn.Module:
+    """Something with a hidden matrix, to build an optimizer over."""
+    return torch.nn.ModuleList([torch.nn.Linear(1, 1)])
+
+
 def _no_texts() -> Iterator[str]:
     return iter(())
 
 
-def _check_device(name: str, precision: str) -> None:
-    check_precision(precision, resolve_device(name))
+def _check_device(section: str, name: str, precision: str) -> None:
+    device = resolve_device(name, field=f"{section}.device")
+    check_precision(precision, device, field=f"{section}.precision")

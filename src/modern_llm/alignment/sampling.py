@@ -1,14 +1,32 @@
 """Answers of a policy to prompts: seeded, the same whatever else is sampled beside them."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from modern_llm.data.templates import Prompt, prompt_text, prompts_ids, truncate_prompt
 from modern_llm.data.tokenizer import Tokenizer
-from modern_llm.models import ModernDecoderLM, generate
+from modern_llm.models import Completion, ModernDecoderLM, generate
 from modern_llm.runtime.devices import autocast
 from modern_llm.runtime.seeding import derive_seed
 
 SAMPLE_BATCH = 256  # rows that are decoded together
+COMPLETION_TEMPERATURE = 0.8
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer as it was drawn.
+
+    Attributes:
+        prompt: ids that it follows.
+        tokens: its ids, without EOS.
+        finished: True when it ended with EOS, False when it ran out of tokens.
+    """
+
+    prompt: list[int]
+    tokens: list[int]
+    finished: bool
 
 
 def sample_ids(
@@ -22,17 +40,14 @@ def sample_ids(
     precision: str = "fp32",
 ) -> list[list[int]]:
     """One continuation of each row of ids, without EOS; a row's seed alone decides its draws."""
-    device = next(model.parameters()).device
-    with autocast(device, precision):
-        done = generate(
-            model, rows,
-            max_new_tokens=max_new_tokens, temperature=temperature, seeds=seeds,
-            eos_id=tokenizer.eos_id, n_vocab=tokenizer.n_vocab, batch_size=SAMPLE_BATCH,
-        )  # fmt: skip
+    done = _complete(
+        model, tokenizer, rows,
+        max_new_tokens=max_new_tokens, temperature=temperature, seeds=seeds, precision=precision,
+    )  # fmt: skip
     return [completion.tokens for completion in done]
 
 
-def sample_texts(
+def sample_answers(
     model: ModernDecoderLM,
     tokenizer: Tokenizer,
     prompts: Sequence[Prompt],
@@ -42,8 +57,8 @@ def sample_texts(
     temperature: float = 0.0,
     seed: int = 0,
     precision: str = "fp32",
-) -> list[list[str]]:
-    """``n_samples`` answers to each prompt, as text.
+) -> list[list[Answer]]:
+    """``n_samples`` answers to each prompt.
 
     The seed of an answer comes from ``seed``, the prompt's text and the answer's number. A prompt
     that leaves no room for ``max_new_tokens`` is cut from its start.
@@ -53,9 +68,55 @@ def sample_texts(
     for prompt, ids in zip(prompts, prompts_ids(tokenizer, prompts), strict=True):
         rows += [truncate_prompt(ids, room)] * n_samples
         seeds += [derive_seed(seed, prompt_text(prompt), k) for k in range(n_samples)]
-    done = sample_ids(
+    done = _complete(
         model, tokenizer, rows,
         max_new_tokens=max_new_tokens, temperature=temperature, seeds=seeds, precision=precision,
     )  # fmt: skip
-    texts = [tokenizer.decode(ids) for ids in done]
-    return [texts[i : i + n_samples] for i in range(0, len(texts), n_samples)]
+    answers = [Answer(row, c.tokens, c.finished) for row, c in zip(rows, done, strict=True)]
+    return [answers[i : i + n_samples] for i in range(0, len(answers), n_samples)]
+
+
+def sample_texts(
+    model: ModernDecoderLM, tokenizer: Tokenizer, prompts: Sequence[Prompt], **options: Any
+) -> list[list[str]]:
+    """`sample_answers`, which has the options, as text."""
+    groups = sample_answers(model, tokenizer, prompts, **options)
+    return [[tokenizer.decode(answer.tokens) for answer in group] for group in groups]
+
+
+def _complete(
+    model: ModernDecoderLM,
+    tokenizer: Tokenizer,
+    rows: list[list[int]],
+    *,
+    precision: str,
+    **options: Any,
+) -> list[Completion]:
+    with autocast(next(model.parameters()).device, precision):
+        return generate(
+            model, rows, **options,
+            eos_id=tokenizer.eos_id, n_vocab=tokenizer.n_vocab, batch_size=SAMPLE_BATCH,
+        )  # fmt: skip
+
+
+def continue_text(
+    model: ModernDecoderLM,
+    tokenizer: Tokenizer,
+    text: str,
+    *,
+    max_new_tokens: int,
+    precision: str = "fp32",
+) -> str:
+    """What the model goes on with after plain text, drawn with a fixed seed.
+
+    A text that leaves no room for ``max_new_tokens`` is cut from its start.
+    """
+    room = model.config.max_seq_len - max_new_tokens - 1
+    ids = tokenizer.encode(text)
+    row = [tokenizer.bos_id, *ids[max(0, len(ids) - room) :]]
+    (done,) = sample_ids(
+        model, tokenizer, [row],
+        max_new_tokens=max_new_tokens, temperature=COMPLETION_TEMPERATURE, seeds=[0],
+        precision=precision,
+    )  # fmt: skip
+    return tokenizer.decode(done)

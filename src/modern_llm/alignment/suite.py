@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from modern_llm.alignment.preferences import pair_logprobs
-from modern_llm.alignment.sampling import sample_ids, sample_texts
-from modern_llm.config import PipelineConfig, ReasoningTask, SourceConfig
+from modern_llm.alignment.sampling import Answer, continue_text, sample_texts
+from modern_llm.config import EvalTask, PipelineConfig, ReasoningTask
 from modern_llm.data.collate import collate_pairs
 from modern_llm.data.prepare import pair_store
 from modern_llm.data.sources import open_source
@@ -54,25 +54,30 @@ class PolicyScores:
 
 
 class Suite:
-    """The tasks of ``config.eval``; rows are read once and kept for all policies."""
+    """The tasks of ``config.eval``, by the same rows for every policy."""
 
     def __init__(self, config: PipelineConfig) -> None:
         self.config, self.tasks = config, config.eval
-        device = resolve_device(self.tasks.device)
-        check_precision(self.tasks.precision, device)
+        device = resolve_device(self.tasks.device, field="eval.device")
+        check_precision(self.tasks.precision, device, field="eval.precision")
         self.compute = Compute(device, self.tasks.batch_size, self.tasks.precision)
 
-    def rows(self, source: SourceConfig, split: str, limit: int | None) -> list[dict[str, Any]]:
-        """The first ``limit`` rows of a source's split."""
+    def read(self, task: EvalTask, limit: int | None) -> tuple[str, list[dict[str, Any]]]:
+        """What names a task's data in keys, and its first ``limit`` rows.
+
+        Where the limit cuts the split, the key says so: ``wikitext2.test/first200``.
+        """
         counts = RowCounts(max_bad_rows=self.config.data.max_bad_rows)
-        opened = open_source(source, self.config.data)
-        return list(itertools.islice(opened.rows(split, counts), limit))
+        found = open_source(task.source, self.config.data).rows(task.split, counts)
+        rows = list(itertools.islice(found, limit))
+        cut = limit is not None and next(found, None) is not None
+        return f"{task.key}/first{limit}" if cut else task.key, rows
 
     @cached_property
-    def problems(self) -> list[dict[str, Any]]:
-        """Held-out problems: question and worked answer."""
+    def problems(self) -> tuple[str, list[dict[str, Any]]]:
+        """Held-out problems (question and worked answer) behind their key; none without a task."""
         task = self.tasks.reasoning
-        return self.rows(task.source, task.split, task.n_problems) if task else []
+        return self.read(task, task.n_problems) if task else ("", [])
 
     def evaluate(
         self, model: ModernDecoderLM, tokenizer: Tokenizer, *, reference: PolicyScores | None = None
@@ -107,8 +112,8 @@ class Suite:
         """
         results: list[Result] = []
         for task in self.tasks.perplexity:
-            texts = [row["text"] for row in self.rows(task.source, task.split, task.max_texts)]
-            key = f"{task.source.name}.{task.split}"
+            key, rows = self.read(task, task.max_texts)
+            texts = [row["text"] for row in rows]
             window = min(task.context or context, context)
             pages = task.source.name.startswith("wikitext")
             results += all_protocols(
@@ -144,9 +149,9 @@ class Suite:
         self, model: ModernDecoderLM, tokenizer: Tokenizer, task: ReasoningTask
     ) -> list[Result]:
         """Exact match of greedy answers, and bits per byte of the gold answers."""
-        key = f"{task.source.name}.{task.split}"
-        questions = [row["question"] for row in self.problems]
-        gold = [row["answer"] for row in self.problems]
+        key, problems = self.problems
+        questions = [row["question"] for row in problems]
+        gold = [row["answer"] for row in problems]
         answers = self.answers(model, tokenizer, questions, task.max_new_tokens)
         results = exact_match(gold, answers, key=f"{key}/greedy")
         prompts = prompts_ids(tokenizer, questions)
@@ -158,12 +163,11 @@ class Suite:
         return [*results, gold_bits]
 
     def logprobs(
-        self, model: ModernDecoderLM, tokenizer: Tokenizer, solutions: list[tuple[str, str]]
+        self, model: ModernDecoderLM, tokenizer: Tokenizer, answers: list[Answer]
     ) -> list[float]:
-        """Log-probability in nats of each ``(question, solution)``, EOS included."""
-        prompts = prompts_ids(tokenizer, [question for question, _ in solutions])
-        answers = [answer_ids(tokenizer, text) for _, text in solutions]
-        rows = zip(prompts, answers, strict=True)
+        """Log-probability in nats of each answer as it was drawn; EOS counts where it was drawn."""
+        eos = [tokenizer.eos_id]
+        rows = [(a.prompt, a.tokens + eos if a.finished else a.tokens) for a in answers]
         limit = model.config.max_seq_len
         return [-nats for nats in answer_nats(model, rows, self.compute, max_tokens=limit)]
 
@@ -190,7 +194,7 @@ class Suite:
         results = preference_scores(
             pairs_P2[:, 0].tolist(), pairs_P2[:, 1].tolist(),
             chosen_lengths=lengths[:, 1].tolist(), rejected_lengths=lengths[:, 2].tolist(),
-            key=f"{task.source.name}.{task.split}",
+            key=self.read(task, task.max_pairs)[0],
             reference=None if reference_P2 is None else tuple(reference_P2.T.tolist()),
         )  # fmt: skip
         return results, pairs_P2
@@ -204,18 +208,18 @@ class Suite:
         """Metrics of the ``evaluate`` library on greedy answers."""
         results: list[Result] = []
         for task in self.tasks.text_metrics:
-            rows = self.rows(task.source, task.split, task.max_rows)
+            key, rows = self.read(task, task.max_rows)
             prompts = [row["question"] if "question" in row else row["prompt"] for row in rows]
             answers = self.answers(model, tokenizer, prompts, task.max_new_tokens)
             results += text_metric(
                 task.metric, answers, [row["answer"] for row in rows],
-                key=f"{task.source.name}.{task.split}/greedy",
+                key=f"{key}/greedy",
             )  # fmt: skip
         return results
 
     def samples(self, model: ModernDecoderLM, tokenizer: Tokenizer) -> list[dict[str, str]]:
         """Greedy answers to the config's prompts and to a few problems, and continued texts."""
-        questions = [row["question"] for row in self.problems[:SHOWN_PROBLEMS]]
+        questions = [row["question"] for row in self.problems[1][:SHOWN_PROBLEMS]]
         shown: list[dict[str, str]] = []
         for kind, prompts in (("prompt", list(self.tasks.prompts)), ("problem", questions)):
             if prompts:
@@ -224,12 +228,10 @@ class Suite:
                     {"task": kind, "prompt": prompt_text(prompt), "text": text}
                     for prompt, text in zip(prompts, texts, strict=True)
                 ]
-        room = model.config.max_seq_len - self.tasks.sample_tokens - 1
-        for text in self.tasks.completions:  # a long one is cut from its start
-            ids = [tokenizer.bos_id, *tokenizer.encode(text)[-room:]]
-            done = sample_ids(
-                model, tokenizer, [ids], temperature=0.8, seeds=[0],
+        for text in self.tasks.completions:
+            done = continue_text(
+                model, tokenizer, text,
                 max_new_tokens=self.tasks.sample_tokens, precision=self.tasks.precision,
             )  # fmt: skip
-            shown.append({"task": "completion", "prompt": text, "text": tokenizer.decode(done[0])})
+            shown.append({"task": "completion", "prompt": text, "text": done})
         return shown

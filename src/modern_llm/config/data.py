@@ -7,6 +7,8 @@ from pydantic import Field, NonNegativeInt, model_validator
 
 from modern_llm.config.schema import Schema
 
+DEFAULT_TRAIN_MB = 100
+
 
 class TokenizerConfig(Schema):
     """The tokenizer; it may have at most ``model.vocab_size`` ids.
@@ -18,12 +20,20 @@ class TokenizerConfig(Schema):
 
     name: Literal["bpe", "char", "gpt2", "file"] = "bpe"
     path: Path | None = None
-    max_train_mb: int = Field(100, gt=0)  # text that a trained tokenizer is fitted to
+    max_train_mb: int = Field(DEFAULT_TRAIN_MB, gt=0)  # text that a trained tokenizer is fitted to
 
     @model_validator(mode="after")
-    def _check_path(self) -> Self:
+    def _check_options(self) -> Self:
+        problems = []
         if (self.name == "file") != (self.path is not None):
-            raise ValueError("path belongs to the tokenizer 'file', which needs it")
+            problems.append("path belongs to the tokenizer 'file', which needs it")
+        if self.name in ("gpt2", "file") and self.max_train_mb != DEFAULT_TRAIN_MB:
+            problems.append(
+                f"max_train_mb={self.max_train_mb} has no effect with the tokenizer "
+                f"'{self.name}', which is not trained here; leave it at {DEFAULT_TRAIN_MB}"
+            )
+        if problems:
+            raise ValueError("\n".join(problems))
         return self
 
 

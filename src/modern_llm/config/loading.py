@@ -49,7 +49,9 @@ def load_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Pipe
         ConfigError: all problems at once, each with the field's path, value and rule.
     """
     raw = _read_with_parents(_locate(str(name_or_path), base=None), seen=())
-    problems = [problem for item in overrides if (problem := _override(raw, item))]
+    # The shared section first: it wipes the stages' own values, those of this line excepted.
+    ordered = sorted(overrides, key=lambda item: _keys(item)[0] != "training")
+    problems = [problem for item in ordered if (problem := _override(raw, item))]
     if problems:
         raise ConfigError("\n".join(problems))
     try:
@@ -150,10 +152,15 @@ def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def _keys(item: str) -> list[str]:
+    """Path of the field that an override names."""
+    return item.partition("=")[0].strip().removeprefix("--").split(".")
+
+
 def _override(raw: dict[str, Any], item: str) -> str | None:
     """Apply one ``section.field=value`` in place; returns a problem, if any."""
-    dotted, separator, text = item.partition("=")
-    keys = dotted.strip().removeprefix("--").split(".")
+    _, separator, text = item.partition("=")
+    keys = _keys(item)
     if not separator or not all(keys):
         return f"override {item!r}: write section.field=value, such as training.lr=3e-4"
     if keys[0] == "model" and len(keys) > 1:

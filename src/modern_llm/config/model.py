@@ -6,7 +6,10 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 
 from modern_llm.config.schema import Component, Schema, count_of
 
-GATED_FFNS = ("swiglu",)  # three matrices: their default width is 8/3 of d_model
+# Three matrices, so their default width is 8/3 of d_model; their nonlinearity is their own. That no
+# gated feed-forward of `modern_llm.models` is missing here is tested there.
+GATED_FFNS = ("swiglu",)
+DEFAULT_ACTIVATION = "gelu"
 
 ALIASES = {
     "n_embd": "d_model",
@@ -63,7 +66,7 @@ class ModelConfig(Schema):
     n_sinks: NonNegativeInt = 0  # first tokens that stay visible beside the window
     sink: Literal["none", "learned"] = "none"  # learned: a logit per head in the denominator
     ffn: Component = Component("swiglu")
-    activation: str = "gelu"  # of the standard feed-forward
+    activation: str = DEFAULT_ACTIVATION  # of the standard feed-forward
     moe: MoEConfig | None = None
     qk_norm: bool = False
     bias: bool = False
@@ -104,6 +107,20 @@ class ModelConfig(Schema):
             problems.append("attention=window needs window=<tokens>")
         if self.attention == "full" and (self.window is not None or self.n_sinks):
             problems.append("window and n_sinks need attention=window")
+        if self.window is not None and self.window + self.n_sinks > self.max_seq_len:
+            problems.append(
+                f"window + n_sinks = {self.window + self.n_sinks} exceeds "
+                f"max_seq_len={self.max_seq_len}"
+            )
+        if self.moe is not None and self.moe.every > self.n_layers:
+            problems.append(
+                f"moe.every={self.moe.every} exceeds n_layers={self.n_layers}: no layer has experts"
+            )
+        if self.ffn.name in GATED_FFNS and self.activation != DEFAULT_ACTIVATION:
+            problems.append(
+                f"activation={self.activation} has no effect with ffn={self.ffn.name}, which has "
+                f"its own; leave it at {DEFAULT_ACTIVATION}, or use ffn=standard"
+            )
         if problems:
             raise ValueError("\n".join(problems))
         return self

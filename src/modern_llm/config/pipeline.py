@@ -1,5 +1,7 @@
 """The whole run: model, data, the five stages, evaluation, paths."""
 
+from collections.abc import Mapping
+from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -15,12 +17,14 @@ from pydantic import (
 
 from modern_llm.config.data import DataConfig, TokenizerConfig
 from modern_llm.config.model import ModelConfig
-from modern_llm.config.schema import Schema, SourceConfig, count_of
+from modern_llm.config.schema import Schema, SourceConfig, count_of, given_shares
 from modern_llm.config.training import TrainingConfig
 from modern_llm.runtime.artifacts import sha256_json, to_json
 
 STAGES = ("pretrain", "sft", "dpo", "verifier", "eval")
 TRAINED_STAGES = STAGES[:-1]
+# What a stage does not take from the section that all share, because it would do nothing there.
+NOT_SHARED = {"sft": {"doc_mask"}, "dpo": {"doc_mask", "seq_len"}, "verifier": {"doc_mask"}}
 
 
 class StageConfig(Schema):
@@ -28,19 +32,29 @@ class StageConfig(Schema):
 
     data: list[SourceConfig] = Field(min_length=1)
     validation: list[SourceConfig] | None = None  # default: the validation split of ``data``
-    max_validation_rows: PositiveInt | None = None  # rows of each validation source; None: all
     training: TrainingConfig
 
 
-class PretrainConfig(StageConfig):
+class RowsConfig(StageConfig):
+    """A stage that learns the rows of its sources."""
+
+    max_validation_rows: PositiveInt | None = None  # rows of each validation source; None: all
+
+
+class PretrainConfig(RowsConfig):
     """Next-token prediction on packed text."""
 
+    @model_validator(mode="after")
+    def _check_mixture(self) -> Self:
+        given_shares([source.weight for source in self.data])
+        return self
 
-class SFTConfig(StageConfig):
+
+class SFTConfig(RowsConfig):
     """Supervised fine-tuning on prompts and answers; only the answer and its EOS are learned."""
 
 
-class DPOConfig(StageConfig):
+class DPOConfig(RowsConfig):
     """Direct preference optimisation against the frozen SFT model."""
 
     loss: Literal["sigmoid", "ipo"] = "sigmoid"
@@ -69,40 +83,46 @@ class VerifierConfig(StageConfig):
     lm_coef: NonNegativeFloat = 0.1  # weight of the joint language-model loss
 
 
-class PerplexityTask(Schema):
-    """Perplexity of held-out text, by every protocol of ``docs/evaluation.md``."""
+class EvalTask(Schema):
+    """A split of a source that is held out, and what its scores are called."""
 
     source: SourceConfig
     split: Literal["validation", "test"] = "test"
+    # stands for the source's name in keys
+    name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
+
+    @property
+    def key(self) -> str:
+        """What names the data in the key of a score: ``wikitext2.test``."""
+        return f"{self.name or self.source.name}.{self.split}"
+
+
+class PerplexityTask(EvalTask):
+    """Perplexity of held-out text, by every protocol of ``docs/evaluation.md``."""
+
     context: PositiveInt | None = None  # tokens; default: model.max_seq_len
     max_texts: PositiveInt | None = None
 
 
-class ReasoningTask(Schema):
+class ReasoningTask(EvalTask):
     """Exact match, pass@k, majority and best-of-n on problems with one right answer."""
 
-    source: SourceConfig
-    split: Literal["validation", "test"] = "test"
     n_problems: PositiveInt = 200
     n_samples: PositiveInt = 8
     temperature: PositiveFloat = 0.7
     max_new_tokens: PositiveInt = 64
 
 
-class PreferenceTask(Schema):
+class PreferenceTask(EvalTask):
     """How often the policy prefers the chosen answer of held-out pairs."""
 
-    source: SourceConfig
-    split: Literal["validation", "test"] = "test"
     max_pairs: PositiveInt = 500
 
 
-class TextMetricTask(Schema):
+class TextMetricTask(EvalTask):
     """A metric of the ``evaluate`` library on the policy's answers to held-out instructions."""
 
     metric: str
-    source: SourceConfig
-    split: Literal["validation", "test"] = "test"
     max_rows: PositiveInt = 100
     max_new_tokens: PositiveInt = 64
 
@@ -124,6 +144,31 @@ class EvalConfig(Schema):
     device: str = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
     threads: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _check_keys(self) -> Self:
+        """Refuse tasks whose scores would have one key: all but one of them would be lost.
+
+        Context and limit belong to a perplexity's key, but a model's context or the split may be
+        shorter: then only tasks on one source can share a key without harm.
+        """
+        same_key = [
+            (f"perplexity.{i}", f"perplexity.{j}", a.key)
+            for (i, a), (j, b) in combinations(enumerate(self.perplexity), 2)
+            if a.key == b.key
+            and (a.source != b.source or (a.context, a.max_texts) == (b.context, b.max_texts))
+        ] + [
+            (f"text_metrics.{i}", f"text_metrics.{j}", f"{a.key} {a.metric}")
+            for (i, a), (j, b) in combinations(enumerate(self.text_metrics), 2)
+            if (a.key, a.metric) == (b.key, b.metric)
+        ]
+        if same_key:
+            problems = (
+                f"{one} and {other} would have the same key, {key}: give one a name"
+                for one, other, key in same_key
+            )
+            raise ValueError("\n".join(problems))
+        return self
 
 
 class PathsConfig(Schema):
@@ -177,7 +222,10 @@ class PipelineConfig(Schema):
             own = section.get("training", {})
             if not isinstance(own, dict):
                 continue
-            training = {**defaults, **shared, **own}
+            unused = NOT_SHARED.get(stage, set())
+            training = {k: v for k, v in {**defaults, **shared}.items() if k not in unused} | own
+            if stage == "dpo":
+                training.setdefault("seq_len", _pair_tokens(section))
             if cap and (steps := count_of(training.get("max_steps"))):
                 training["max_steps"] = min(cap, steps)
             value[stage] = {**section, "training": training}
@@ -185,7 +233,8 @@ class PipelineConfig(Schema):
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
-        if problems := [*self._length_problems(), *self._weight_problems()]:
+        checks = (self._length_problems, self._weight_problems, self._unused_problems)
+        if problems := [problem for check in checks for problem in check()]:
             raise ValueError("\n".join(problems))
         return self
 
@@ -194,6 +243,7 @@ class PipelineConfig(Schema):
         problems = [
             f"{stage}.training.seq_len={length} exceeds model.max_seq_len={self.model.max_seq_len}"
             for stage in TRAINED_STAGES
+            if stage != "dpo"  # both answers of a row go on from the prompt's positions
             if (length := self.stage(stage).training.seq_len) > self.model.max_seq_len
         ]
         pair = self.dpo.max_prompt_tokens + self.dpo.max_answer_tokens
@@ -226,6 +276,22 @@ class PipelineConfig(Schema):
             if source.weight is not None
         ]
 
+    def _unused_problems(self) -> list[str]:
+        """Fields of ``training`` that would do nothing in their stage."""
+        problems = [
+            f"{stage}.training.doc_mask=true has no effect here: only pretrain joins documents "
+            "in a row (sft always keeps its examples apart)"
+            for stage in NOT_SHARED
+            if self.stage(stage).training.doc_mask
+        ]
+        given, row = self.dpo.training.seq_len, _pair_tokens(vars(self.dpo))
+        if given != row:
+            problems.append(
+                f"dpo.training.seq_len={given} has no effect here: a row has max_prompt_tokens + "
+                f"2 * max_answer_tokens = {row}; leave it out"
+            )
+        return problems
+
     def stage(self, name: str) -> StageConfig:
         """Section of a trained stage."""
         section: StageConfig = getattr(self, name)
@@ -243,6 +309,16 @@ class PipelineConfig(Schema):
             for key in ("log_every", "save_every", "keep_last"):
                 value[stage]["training"].pop(key)
         return sha256_json(value)
+
+
+def _pair_tokens(section: Mapping[str, Any]) -> int:
+    """Tokens of DPO's longest row, a prompt and both answers, before or after validation."""
+    fields = DPOConfig.model_fields
+    prompt, answer = (
+        count_of(section.get(name, fields[name].default)) or 1
+        for name in ("max_prompt_tokens", "max_answer_tokens")
+    )
+    return prompt + 2 * answer
 
 
 def check_run_name(name: str) -> str:

@@ -1,6 +1,6 @@
 """Base of all config sections, and the two shapes that carry a name with free options."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 from pydantic import (
@@ -12,6 +12,8 @@ from pydantic import (
     model_validator,
 )
 from pydantic_core import CoreSchema
+
+MIN_SHARE = 0.001  # of a mixture: one row in 1000
 
 
 class Schema(BaseModel):
@@ -81,6 +83,32 @@ class Component(Schema):
         return {"anyOf": [{"type": "string"}, named], "description": "name, or name with options"}
 
 
+def given_shares(weights: Sequence[float | None]) -> list[float | None]:
+    """Shares that the weights of a mixture state; ``None`` shares what is left by size.
+
+    Where every part has a weight, they are relative (1 and 3); beside a ``None`` a weight is the
+    share itself.
+
+    Raises:
+        ValueError: nothing is left for a ``None``, or a share is below `MIN_SHARE`.
+    """
+    given = sum(weight for weight in weights if weight is not None)
+    if None in weights and given >= 1:
+        raise ValueError(
+            f"weights sum to {given:g} and leave nothing to the sources without one: beside those "
+            "a weight is a share below 1; or give every source a weight"
+        )
+    whole = 1.0 if None in weights else given
+    shares = [None if weight is None else weight / whole for weight in weights]
+    for weight, share in zip(weights, shares, strict=True):
+        if share is not None and share < MIN_SHARE:
+            raise ValueError(
+                f"weight={weight:g} is a share of {share:g}, below {MIN_SHARE:g}: raise it, or "
+                "leave the source out"
+            )
+    return shares
+
+
 class SourceConfig(Schema):
     """One data source: its registered name, its share in a mixture, and the source's options.
 
@@ -88,7 +116,7 @@ class SourceConfig(Schema):
     """
 
     name: str
-    weight: float | None = None  # share of the drawn tokens; None: in proportion to its size
+    weight: float | None = None  # see `given_shares`; None: in proportion to its size
     options: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="before")

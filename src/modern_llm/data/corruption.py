@@ -13,7 +13,7 @@ _NUMBER = r"(?<![\w.])\d[\d,]*(?:\.\d+)?"
 _EQUATION = re.compile(
     r"(?P<lhs>\$?\d[\d,.]*%?(?:\s*[-+*/x]\s*\$?\d[\d,.]*)+)\s*=\s*(?P<rhs>-?\$?\d[\d,]*(?:\.\d+)?)"
 )
-_FINAL = re.compile(r"####\s*(-?[\d,]+(?:\.\d+)?)")
+_FINAL = re.compile(r"####\s*(-?\d[\d,]*(?:\.\d+)?)")
 _TOKEN = re.compile(_NUMBER)
 _OPERATIONS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
     ast.Add: lambda a, b: a + b,
@@ -26,6 +26,11 @@ MAX_EXPRESSION_CHARS = 80
 def solution_numbers(text: str) -> list[Fraction]:
     """All unsigned numbers of a text in order, commas stripped."""
     return [number for m in _TOKEN.finditer(text) if (number := _number(m.group())) is not None]
+
+
+def has_final_number(answer: str) -> bool:
+    """Whether a worked solution says its result in a line ``#### number``."""
+    return _FINAL.search(answer) is not None
 
 
 def corrupt_solution(answer: str, rng: random.Random) -> str:

@@ -11,6 +11,7 @@ from typing import Generic, Protocol, TypeVar, overload
 import numpy as np
 import torch
 
+from modern_llm.config.schema import MIN_SHARE, given_shares
 from modern_llm.data.collate import Batch, TokenBatch
 from modern_llm.data.order import Ints, epoch_order, permuted
 from modern_llm.data.packing import PackedRows, Rows, TextRows
@@ -20,7 +21,7 @@ from modern_llm.runtime.artifacts import sha256_json
 from modern_llm.runtime.devices import Ranks
 from modern_llm.runtime.seeding import derive_seed
 
-PATTERN_SLOTS = 1000  # a mixture is exact over this many rows
+PATTERN_SLOTS = round(1 / MIN_SHARE)  # a mixture is exact over this many rows
 
 B = TypeVar("B", bound=Batch)
 
@@ -169,8 +170,9 @@ class TextLoader(_MixtureLoader):
 
     Args:
         stores: segment "text".
-        weights: share of the drawn blocks of each store; a ``None`` counts with the store's share
-            of all tokens. All ``None``: every block of all stores once an epoch.
+        weights: as `given_shares` reads them; stores with a ``None`` share the rest in proportion
+            to their tokens, each at least one block in `PATTERN_SLOTS`. All ``None``: every block
+            of all stores once an epoch.
         seq_len: T.
         batch_size: rows of a step on all ranks together.
         micro_batch_size: rows of one forward pass on one rank.
@@ -179,7 +181,7 @@ class TextLoader(_MixtureLoader):
         ranks: this process among all.
 
     Raises:
-        ConfigError: the batch does not divide.
+        ConfigError: the batch does not divide, or the weights are no mixture.
     """
 
     def __init__(
@@ -194,9 +196,10 @@ class TextLoader(_MixtureLoader):
         doc_mask: bool = False,
         ranks: Ranks = Ranks(),  # noqa: B008 - frozen
     ) -> None:
+        shares = mixture_weights(stores, weights)
         super().__init__(
             [TextRows(store, seq_len, doc_mask=doc_mask) for store in stores],
-            mixture_weights(stores, weights),
+            shares,
             batch_size=batch_size,
             micro_batch_size=micro_batch_size,
             seed=seed,
@@ -204,7 +207,7 @@ class TextLoader(_MixtureLoader):
             with_docs=doc_mask,
         )
         prints = [store.fingerprint for store in stores]
-        decides = [list(weights), seq_len, batch_size, seed, doc_mask]
+        decides: list[object] = [shares or list(weights), seq_len, batch_size, seed, doc_mask]
         self.fingerprint = sha256_json(["text", prints, decides])
 
 
@@ -317,16 +320,20 @@ def mixture_weights(
     """Shares that sum to 1, or ``None`` when all go in proportion to size.
 
     Raises:
-        ConfigError: not one weight a store.
+        ConfigError: not one weight a store, or as `given_shares`.
     """
     if len(stores) != len(weights) or not stores:
         raise ConfigError(f"{len(weights)} weights for {len(stores)} data sources")
     if all(weight is None for weight in weights):
         return None
-    total = sum(store.n_tokens for store in stores)
-    sizes = [store.n_tokens / total for store in stores]
-    given = [s if w is None else w for s, w in zip(sizes, weights, strict=True)]
-    return [weight / sum(given) for weight in given]
+    try:
+        shares = given_shares(weights)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    pairs = list(zip(stores, shares, strict=True))
+    rest = 1.0 - sum(share for share in shares if share is not None)
+    tokens = sum(store.n_tokens for store, share in pairs if share is None)
+    return [rest * store.n_tokens / tokens if share is None else share for store, share in pairs]
 
 
 def _pattern(weights: Sequence[float], seed: int) -> Ints:

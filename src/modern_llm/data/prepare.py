@@ -9,6 +9,7 @@ from modern_llm.config import DataConfig
 from modern_llm.data.sources.base import RowCounts, Source
 from modern_llm.data.store import Record, TokenStore, build_store
 from modern_llm.data.templates import (
+    MIN_PROMPT_TOKENS,
     TEMPLATE_HASH,
     Prompt,
     prompt_text,
@@ -21,6 +22,7 @@ from modern_llm.runtime.artifacts import sha256_json
 
 T = TypeVar("T")
 Row = dict[str, Any]
+FORMAT = 2  # raised when the same rows give other records
 BATCH_ROWS, BATCH_CHARS = 256, 1 << 20  # encoded in one call of the tokenizer
 
 Encode = Callable[[list[Row]], Iterator["Record | str"]]  # a record, or the reason to drop the row
@@ -69,7 +71,8 @@ def instruct_store(
     """Prompts with answers for SFT: segments "prompt" and "answer" (with ``<|eos|>``).
 
     A prompt is cut from its start to make room for the answer; an answer that does not fit beside
-    the prompt's markers is dropped, never cut, so that each answer ends with its ``<|eos|>``.
+    the prompt's markers and one token of it is dropped, never cut, so that each answer ends with
+    its ``<|eos|>``.
 
     Args:
         sources: of kind "instruct" or "problems" (question and worked answer).
@@ -93,7 +96,7 @@ def instruct_store(
             room = max_tokens - len(answer)
             if len(prompt) <= room:
                 yield prompt, answer
-            elif room >= min(len(prompt), max_tokens // 2):
+            elif room > MIN_PROMPT_TOKENS:
                 yield truncate_prompt(prompt, room), answer
             else:
                 yield "answer too long"
@@ -177,7 +180,8 @@ def solution_store(
         tokenizer: gives the ids.
         data: cache folder.
         key: all that decides the solutions: checkpoint, problems, sampling.
-        max_tokens: of question and solution together; longer ones are dropped and counted.
+        max_tokens: of question and solution together, see `solution_ids`; a solution that does
+            not fit is dropped and counted.
 
     Raises:
         DataError: nothing is left.
@@ -185,17 +189,16 @@ def solution_store(
     counts = RowCounts()
 
     def records() -> Iterator[Record]:
-        for batch in _batches(solutions, BATCH_ROWS):
-            prompts = prompts_ids(tokenizer, [question for question, _, _ in batch])
-            answers = tokenizer.encode_batch([solution for _, solution, _ in batch])
-            for prompt, ids, (_, _, label) in zip(prompts, answers, batch, strict=True):
-                if len(prompt) + len(ids) + 1 > max_tokens:
-                    counts.drop("too long")
-                else:
-                    yield prompt, [*ids, tokenizer.eos_id], label
+        texts, labelled = itertools.tee(solutions)
+        rows = solution_ids(tokenizer, ((q, text) for q, text, _ in texts), max_tokens=max_tokens)
+        for row, (_, _, label) in zip(rows, labelled, strict=True):
+            if row is None:
+                counts.drop("too long")
+            else:
+                yield *row, label
 
     full = {
-        "what": "solutions",
+        "what": "solutions, long questions cut",
         "tokenizer": tokenizer.sha256,
         "template": TEMPLATE_HASH,
         "max_tokens": max_tokens,
@@ -211,6 +214,23 @@ def solution_store(
         columns=("label",),
         counts=counts,
     )
+
+
+def solution_ids(
+    tokenizer: Tokenizer, solutions: Iterable[tuple[str, str]], *, max_tokens: int
+) -> Iterator[tuple[list[int], list[int]] | None]:
+    """Ids of each question and its solution (with ``<|eos|>``), as the verifier reads them.
+
+    A question that leaves no room for its solution is cut from its start. ``None`` stands for a
+    solution that leaves no room even for the question's markers: it is never cut.
+    """
+    for batch in _batches(solutions, BATCH_ROWS):
+        prompts = prompts_ids(tokenizer, [question for question, _ in batch])
+        texts = tokenizer.encode_batch([text for _, text in batch])
+        for prompt, ids in zip(prompts, texts, strict=True):
+            room = max_tokens - len(ids) - 1
+            fits = room >= MIN_PROMPT_TOKENS
+            yield (truncate_prompt(prompt, room), [*ids, tokenizer.eos_id]) if fits else None
 
 
 def prompt_hash(prompt: Prompt) -> str:
@@ -263,6 +283,7 @@ class _Job:
         prints = [source.fingerprint(self.split) for source in self.sources]
         key = {
             "what": f"{self.what}, split {self.split}",
+            "records": FORMAT,
             "sources": prints,
             "tokenizer": self.tokenizer.sha256,
             "template": TEMPLATE_HASH,
@@ -270,7 +291,7 @@ class _Job:
             "exclude": sha256_json(sorted(self.exclude)),
             **options,
         }
-        return build_store(
+        store = build_store(
             self.data.cache_dir,
             segments=self.segments,
             key=key,
@@ -280,6 +301,10 @@ class _Job:
             counts=self.total,
             sources=self.summaries,
         )
+        for source in store.sources:  # it may have been built under a higher limit
+            counts = RowCounts(source["rows"], source["dropped"], self.data.max_bad_rows)
+            counts.check(f"{source['source']}, {self.split} split: ")
+        return store
 
     def _records(self, encode: Encode, prints: list[str]) -> Iterator[Record]:
         for source, fingerprint in zip(self.sources, prints, strict=True):

@@ -17,6 +17,7 @@ from modern_llm.runtime.artifacts import sha256_json
 
 ALPACA_WITH_INPUT = "{instruction}\n\nInput:\n{input}"
 ALPACA_WITHOUT_INPUT = "{instruction}"
+MIN_PROMPT_TOKENS = 3  # the markers around a prompt
 HH_USER, HH_ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
 
@@ -106,18 +107,13 @@ def answer_ids(tokenizer: Tokenizer, answer: str) -> list[int]:
     return [*tokenizer.encode(answer), tokenizer.eos_id]
 
 
-def text_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Ids of one pretraining document, ``<|bos|>`` and ``<|eos|>`` around it."""
-    return [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]
-
-
 def truncate_prompt(ids: list[int], max_tokens: int) -> list[int]:
     """Cut a prompt from its start; its first two ids (``<|bos|><|user|>``) stay.
 
     Raises:
         ConfigError: ``max_tokens`` leaves no room for the markers.
     """
-    if max_tokens < 3:
+    if max_tokens < MIN_PROMPT_TOKENS:
         raise ConfigError(f"max_prompt_tokens={max_tokens} has no room for the three markers")
     return ids if len(ids) <= max_tokens else [*ids[:2], *ids[2 - max_tokens :]]
 

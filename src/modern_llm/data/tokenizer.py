@@ -28,6 +28,7 @@ BOS, EOS, PAD, USER, ASSISTANT = SPECIALS = (
 MIN_IDS = 256 + len(SPECIALS)  # every byte, so that any text can be written
 GPT2_REPOSITORY = "openai-community/gpt2"
 GPT2_REVISION = "607a30d783dfa663caf39e06633721c8d4cfcd7e"
+PROBE = " Two  Spaces,\n\tCaf\u00e9 \u65e5 \U0001f642 40%"  # a tokenizer must give it back
 TRAIN_PIECE_CHARS = 1 << 16  # bounds what training holds of one long document
 
 
@@ -109,7 +110,13 @@ class Tokenizer:
             backend = Backend.from_file(str(path))
         except Exception as error:  # the library raises plain Exception
             raise DataError(f"{path}: not a tokenizer.json: {error}") from None
-        return cls(backend)
+        tokenizer = cls(backend)
+        if (back := tokenizer.decode(tokenizer.encode(PROBE))) != PROBE:
+            raise DataError(
+                f"{path}: this tokenizer loses text: {PROBE!r} comes back as {back!r}; use one "
+                "that keeps case, spaces and all characters, such as a byte-level BPE"
+            )
+        return tokenizer
 
 
 def build_tokenizer(

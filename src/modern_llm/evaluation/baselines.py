@@ -105,10 +105,14 @@ def load_baseline(name: str, *, device: torch.device | None = None) -> Baseline 
         source = f"{repository}@{revision}" if revision else repository
     try:
         tokenizer = AutoTokenizer.from_pretrained(repository, **where)
-        model = AutoModelForCausalLM.from_pretrained(
-            repository, use_safetensors=True, dtype=torch.float32, **where
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            repository,
+            use_safetensors=True,
+            dtype=torch.float32,
+            output_loading_info=True,
+            **where,
         )
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # files and code from elsewhere: they may fail in any way
         if folder.is_dir():
             hint = f"the folder cannot be read ({_first_line(error)})"
         elif where["local_files_only"]:
@@ -116,6 +120,11 @@ def load_baseline(name: str, *, device: torch.device | None = None) -> Baseline 
         else:
             hint = f"the hub does not give it ({_first_line(error)})"
         return NotEvaluated(f"baseline {name}", hint)
+    for fault in ("missing_keys", "mismatched_keys", "error_msgs"):
+        if loading.get(fault):  # the library fills such weights with random numbers
+            told = ", ".join(sorted(map(str, loading[fault]))[:3])
+            why = f"its weights are not those of its config ({fault}: {told})"
+            return NotEvaluated(f"baseline {name}", why)
     context = getattr(model.config, "max_position_embeddings", None)
     if not isinstance(context, int):
         return NotEvaluated(f"baseline {name}", "its config does not say its longest context")

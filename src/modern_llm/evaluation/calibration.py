@@ -11,8 +11,9 @@ from modern_llm.evaluation.intervals import (
     bootstrap_mean,
     percentiles,
     resample_counts,
+    share_interval,
 )
-from modern_llm.evaluation.scores import NotEvaluated, Result, Score
+from modern_llm.evaluation.scores import Interval, NotEvaluated, Result, Score
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Bin:
     mean_score: float | None  # None in an empty bin
     accuracy: float | None
     n: int
+    ci95: Interval | None = None  # of the accuracy, over problems
 
 
 def auroc(scores: ArrayLike, labels: ArrayLike) -> float | None:
@@ -115,18 +117,36 @@ def auroc_within_score(
     return Score(key, "auroc_within", float(np.mean(mixed)), interval, len(mixed), note)
 
 
-def reliability(scores: ArrayLike, labels: ArrayLike, *, n_bins: int = 10) -> list[Bin]:
-    """Equal-width bins of scores in [0, 1] with their mean score and share of right answers."""
+def reliability(
+    scores: ArrayLike, labels: ArrayLike, groups: ArrayLike, *, n_bins: int = 10
+) -> list[Bin]:
+    """Equal-width bins of scores in [0, 1] with their mean score and share of right answers.
+
+    Args:
+        scores: ``(n,)`` in [0, 1].
+        labels: ``(n,)``.
+        groups: ``(n,)``, problem of each answer; intervals are over the problems of a bin, whose
+            answers are not independent.
+        n_bins: bins of equal width.
+    """
     values = np.asarray(scores, dtype=np.float64)
-    truth = np.asarray(labels, dtype=np.float64)
+    truth, group = np.asarray(labels, dtype=np.float64), np.asarray(groups)
     index = _bin_index(values, n_bins)
     bins = []
     for b in range(n_bins):
         here = index == b
         n = int(here.sum())
-        mean_score = float(values[here].mean()) if n else None
-        accuracy = float(truth[here].mean()) if n else None
-        bins.append(Bin(b / n_bins, (b + 1) / n_bins, mean_score, accuracy, n))
+        _, problem = np.unique(group[here], return_inverse=True)
+        bins.append(
+            Bin(
+                lo=b / n_bins,
+                hi=(b + 1) / n_bins,
+                mean_score=float(values[here].mean()) if n else None,
+                accuracy=float(truth[here].mean()) if n else None,
+                n=n,
+                ci95=share_interval(np.bincount(problem, truth[here]), np.bincount(problem)),
+            )
+        )
     return bins
 
 

@@ -92,13 +92,19 @@ def bootstrap_mean(values: ArrayLike, *, seed: int = 0) -> Interval | None:
     return bootstrap(columns, lambda sums: sums[:, 0] / sums[:, 1], seed=seed)
 
 
-def share_interval(values: ArrayLike) -> Interval | None:
-    """Interval of the mean of values in [0, 1], one a unit.
+def share_interval(values: ArrayLike, weights: ArrayLike | None = None) -> Interval | None:
+    """Interval of a share: ``sum(values) / sum(weights)`` over independent units.
 
-    Bootstrap over the units; where all units are 0, or all are 1, the bootstrap would have no
-    width and Wilson's interval stands in.
+    Bootstrap over the units; where all units are 0, or all are whole, the bootstrap would have no
+    width and Wilson's interval stands in, a trial for each unit.
+
+    Args:
+        values: ``(n,)``, each from 0 to its weight.
+        weights: ``(n,)``; default: 1 each.
     """
-    shares = np.asarray(values, dtype=np.float64)
-    if len(shares) and (np.all(shares == 0) or np.all(shares == 1)):
-        return wilson(float(shares.sum()), len(shares))
-    return bootstrap_mean(shares)
+    parts = np.asarray(values, dtype=np.float64)
+    wholes = np.ones_like(parts) if weights is None else np.asarray(weights, dtype=np.float64)
+    for share in (0, 1):
+        if len(parts) and np.all(parts == share * wholes):
+            return wilson(share * len(parts), len(parts))
+    return bootstrap(np.stack([parts, wholes], axis=1), lambda sums: sums[:, 0] / sums[:, 1])

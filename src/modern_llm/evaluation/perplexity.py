@@ -207,26 +207,11 @@ def all_protocols(
     key: str,
     context: int,
     compute: Compute | None = None,
-    detokenize: Callable[[str], str] | None = None,
 ) -> list[Score]:
-    """Scores at stride = context and at context / 2; with ``detokenize`` also by ``lm-eval``.
-
-    See `perplexity` for the arguments.
-    """
-    strides = dict.fromkeys((context, max(1, context // 2)))
+    """Scores at stride = context and at context / 2; see `perplexity` for the arguments."""
     scores: list[Score] = []
-    for stride in strides:
+    for stride in dict.fromkeys((context, max(1, context // 2))):
         scores += perplexity(
             model, tokenizer, texts, key=key, context=context, stride=stride, compute=compute
-        )
-    if detokenize is not None:
-        scores += perplexity(
-            model,
-            tokenizer,
-            texts,
-            key=key,
-            context=context,
-            compute=compute,
-            detokenize=detokenize,
         )
     return scores

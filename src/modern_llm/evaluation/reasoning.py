@@ -148,7 +148,7 @@ def _highest(correct: Sequence[bool], scores: Sequence[float] | None, n: int) ->
 
 @dataclass
 class ReasoningReport:
-    """Scores and curves of one set of samples; plain data through `to_dict`."""
+    """Scores and curves of one set of samples."""
 
     scores: list[Score] = field(default_factory=list)
     not_evaluated: list[NotEvaluated] = field(default_factory=list)
@@ -264,11 +264,11 @@ def _add_calibration(report: ReasoningReport, problems: Sequence[Graded], *, key
     report.auroc = report.add(auroc_score(scores, labels, groups, key=key))
     report.add(auroc_within_score(scores, labels, groups, key=key))
     report.ece = report.add(ece_score(scores, labels, groups, key=key))
-    report.bins = reliability(scores, labels)
+    report.bins = reliability(scores, labels, groups)
 
 
 def exact_match(gold: Sequence[str], answers: Sequence[str], *, key: str) -> list[Result]:
-    """Strict and flexible exact match of one answer a problem, with Wilson intervals.
+    """Strict and flexible exact match of one answer a problem.
 
     Also the share of right ``<<a*b=c>>`` calculator steps, where the answers have any.
 

@@ -28,8 +28,8 @@ def text_metric(
         key: of the results; the metric's name is appended.
 
     Returns:
-        Scores, or the reason why there are none: no copy of the metric, or a library that it
-        needs is missing.
+        Scores, or the reason why there are none: no copy of the metric, a library that it needs
+        is missing, or its code failed.
     """
     what = f"{key}/{name}"
     if not predictions:
@@ -51,10 +51,20 @@ def text_metric(
         return [NotEvaluated(what, why)]
     except ImportError as error:
         return [NotEvaluated(what, f"the metric needs a library that is not installed: {error}")]
-    values = loaded.compute(predictions=list(predictions), references=list(references)) or {}
+    except Exception as error:  # a script from elsewhere costs this metric at most
+        return [_failed(what, error)]
+    try:
+        values = loaded.compute(predictions=list(predictions), references=list(references)) or {}
+    except Exception as error:
+        return [_failed(what, error)]
     scores = (_score(what, metric, value, len(predictions)) for metric, value in values.items())
     results: list[Result] = [score for score in scores if score is not None]
     return results or [NotEvaluated(what, "the metric returned no number")]
+
+
+def _failed(what: str, error: Exception) -> NotEvaluated:
+    reason = " ".join([type(error).__name__, *str(error).splitlines()[:1]])
+    return NotEvaluated(what, f"the metric's own code failed: {reason}")
 
 
 def _score(key: str, metric: str, value: Any, n: int) -> Score | None:

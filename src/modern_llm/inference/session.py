@@ -172,8 +172,8 @@ def load_model(checkpoint: Path, *, device: str = "auto", precision: str = "fp32
         CheckpointError: damaged, or not a checkpoint, or its description is not ours.
         ConfigError: a verifier's checkpoint; or the device or precision cannot be had.
     """
-    place = resolve_device(device)
-    check_precision(precision, place)
+    place = resolve_device(device, field="--device")
+    check_precision(precision, place, field="precision")
     found = read_checkpoint(checkpoint)
     if any(name.startswith("trunk.") for name in found.weights):
         raise ConfigError(f"{checkpoint} is a verifier, which scores answers; name a policy")

@@ -18,12 +18,11 @@ from modern_llm.interop.shapes import Shape, shape_of
 from modern_llm.models import ModernDecoderLM
 from modern_llm.runtime.artifacts import (
     Policy,
-    back_up,
     published_folder,
-    sibling_names,
     to_json,
     write_text,
 )
+from modern_llm.runtime.names import sibling_names
 from modern_llm.training.checkpoint import Checkpoint, load_model_weights, read_checkpoint
 from modern_llm.training.handover import model_config, read_tokenizer
 
@@ -89,10 +88,9 @@ def export_transformers(
     config = model_config(found)
     shape = shape_of(config)
     tokenizer = read_tokenizer(found)
-    if on_exists == "replace" and target.exists():
-        back_up(target)
-    free = next(name for name in sibling_names(target) if not name.exists())
-    with published_folder(free) as staging:
+    replace = on_exists == "replace"
+    free = next(name for name in sibling_names(target) if replace or not name.exists())
+    with published_folder(free, replace=replace) as staging:
         _write(staging, found, config, shape, tokenizer)
         difference = _check(staging, found, config, tokenizer)
     return Exported(free, shape.architecture, difference)

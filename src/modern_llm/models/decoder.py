@@ -276,18 +276,12 @@ class ModernDecoderLM(WeightsMixin):
         """An empty cache for a stream of any length, of any number of rows.
 
         Raises:
-            ConfigError: a layer has no window, positions are absolute, or sinks and window exceed
-                ``max_seq_len``.
+            ConfigError: a layer has no window, or positions are absolute.
         """
         if self.window is None or not self.streams:
             raise ConfigError(
                 f"text beyond max_seq_len={self.config.max_seq_len} needs attention=window in "
                 f"all layers and a relative position encoding, not '{self.config.position.name}'"
-            )
-        held = self.window.size + self.window.n_sinks
-        if held > self.config.max_seq_len:
-            raise ConfigError(
-                f"window + n_sinks = {held} exceeds max_seq_len={self.config.max_seq_len}"
             )
         return StreamingCache(self.window.size, self.window.n_sinks)
 

@@ -2,7 +2,8 @@
 
 To add one: a subclass of `FFN` that takes ``(dims, activation, linear)``, builds its matrices with
 ``linear(in, out, bias=..., residual=...)``, passes ``*groups`` on to each of them (so that it also
-serves as the experts of a mixture) and registers a name.
+serves as the experts of a mixture) and registers a name. Where three matrices make it gated, its
+default width needs the name in ``GATED_FFNS`` of `modern_llm.config.model`; a test says so.
 """
 
 import torch.nn.functional as F

@@ -32,6 +32,9 @@ class Routing(NamedTuple):
 class MoE(nn.Module):
     """Top-k mixture of experts (arXiv:1701.06538), gates renormalised over the k chosen.
 
+    With one expert a token the gate is its probability (arXiv:2101.03961, eq. 2): renormalised it
+    would be 1 whatever the router says, and the router would learn nothing from the loss.
+
     Experts are one feed-forward of the registry whose matrices are stacked; tokens are sorted by
     expert and none is dropped.
 
@@ -53,7 +56,8 @@ class MoE(nn.Module):
         x_MD = x_BTD.flatten(0, -2)
         prob_ME = self.router(x_MD).float().softmax(-1)
         gate_MK, expert_MK = prob_ME.topk(self.top_k, dim=-1)
-        gate_MK = gate_MK / gate_MK.sum(-1, keepdim=True)
+        if self.top_k > 1:
+            gate_MK = gate_MK / gate_MK.sum(-1, keepdim=True)
 
         chosen_ME = torch.zeros_like(prob_ME).scatter_(1, expert_MK, 1.0)
         counts_E = chosen_ME.sum(0).long()

@@ -1,6 +1,6 @@
 """A model's weights as a flat dict, each tensor once, by names that compiling does not change."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,38 +10,63 @@ from modern_llm.errors import CheckpointError
 COMPILED_PREFIX = "_orig_mod."
 
 
+def model_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Name -> tensor (not a copy, without gradient), each storage once."""
+    weights: dict[str, Tensor] = {}
+    seen: set[tuple[int, int, torch.Size]] = set()
+    for name, tensor in model.state_dict().items():
+        storage = tensor.untyped_storage()._cdata  # an address would be 0 on the meta device
+        key = (storage, tensor.storage_offset(), tensor.shape)
+        if tensor.numel() and key in seen:
+            continue
+        seen.add(key)
+        weights[name.replace(COMPILED_PREFIX, "")] = tensor
+    return weights
+
+
+@torch.no_grad()
+def copy_weights(
+    model: nn.Module, weights: Mapping[str, Tensor], *, source: str, problems: Sequence[str] = ()
+) -> None:
+    """Copy ``weights`` into ``model`` in place, all or nothing; tied tensors stay tied.
+
+    Args:
+        model: of the same dtypes.
+        weights: tensors by name; see `model_weights`.
+        source: where they come from, as the user is told.
+        problems: what is known to differ beside the tensors.
+
+    Raises:
+        CheckpointError: names, shapes or dtypes differ; says which, and loads nothing.
+    """
+    own = model_weights(model)
+    given = {name.replace(COMPILED_PREFIX, ""): x for name, x in weights.items()}
+    found = [*problems]
+    found += [f"'{name}' is missing" for name in own if name not in given]
+    found += [f"'{name}' has no place" for name in given if name not in own]
+    found += [
+        f"'{name}' is {_kind(given[name])}, the model has {_kind(x)}"
+        for name, x in own.items()
+        if name in given and _kind(given[name]) != _kind(x)
+    ]
+    if found:
+        more = f"; and {len(found) - 8} more" if len(found) > 8 else ""
+        raise CheckpointError(f"{source} does not fit this model: {'; '.join(found[:8])}{more}")
+    for name, x in own.items():
+        x.copy_(given[name])
+
+
+def _kind(x: Tensor) -> str:
+    return f"{tuple(x.shape)} {x.dtype}"
+
+
 class WeightsMixin(nn.Module):
-    """`weights` and `load_weights` for models whose tied tensors are one parameter."""
+    """`model_weights` and `copy_weights` as methods."""
 
     def weights(self) -> dict[str, Tensor]:
-        """Name -> tensor (not a copy, without gradient), sorted by name."""
-        state = {k.replace(COMPILED_PREFIX, ""): v.detach() for k, v in self.state_dict().items()}
-        return dict(sorted(state.items()))
+        """See `model_weights`."""
+        return model_weights(self)
 
-    @torch.no_grad()
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Copy ``weights`` in place, cast to the model's dtype; all or nothing.
-
-        Raises:
-            CheckpointError: names or shapes differ; says which, and loads nothing.
-        """
-        own = self.weights()
-        given = {name.replace(COMPILED_PREFIX, ""): x for name, x in weights.items()}
-        problems = [f"{name}: missing from the checkpoint" for name in own.keys() - given.keys()]
-        problems += [f"{name}: not in this model" for name in given.keys() - own.keys()]
-        problems += [
-            f"{name}: {_shape(given[name])} in the checkpoint, {_shape(x)} in this model"
-            for name, x in own.items()
-            if name in given and given[name].shape != x.shape
-        ]
-        if problems:
-            problems.sort()
-            more = f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
-            listing = "\n  ".join(problems[:8])
-            raise CheckpointError(f"weights of another architecture:\n  {listing}{more}")
-        for name, x in own.items():
-            x.copy_(given[name])
-
-
-def _shape(x: Tensor) -> str:
-    return "x".join(map(str, x.shape)) or "scalar"
+        """See `copy_weights`."""
+        copy_weights(self, weights, source="this set of weights")

@@ -29,10 +29,18 @@ LABELS = {
 
 def stage_scores(run: Run, stage: str) -> list[Score]:
     """Scores of a stage's model: those of the eval stage, then the stage's own."""
+    own = run.stages[stage].scores if stage in run.stages else ()
+    return _first_of_each([*evaluated_scores(run, stage), *own])
+
+
+def evaluated_scores(run: Run, stage: str) -> list[Score]:
+    """Scores of a stage's model that the eval stage computed."""
     found = [s for model in run.evaluation.models if model.stage == stage for s in model.scores]
-    found += _reasoning_scores(run.evaluation.reasoning, stage)
-    found += run.stages[stage].scores if stage in run.stages else ()
-    return list({(s.metric, s.key): s for s in reversed(found)}.values())[::-1]
+    return _first_of_each([*found, *_reasoning_scores(run.evaluation.reasoning, stage)])
+
+
+def _first_of_each(scores: list[Score]) -> list[Score]:
+    return list({(s.metric, s.key): s for s in reversed(scores)}.values())[::-1]
 
 
 def _reasoning_scores(reasoning: Reasoning | None, stage: str) -> list[Score]:
@@ -82,14 +90,14 @@ def _pretrain_rows(run: Run) -> list[list[str]]:
     ]
     if len(evals) < 2:
         return []
-    first, best = evals[0], min(evals, key=lambda e: e[1])
-    old, new = (Score("", "validation_loss", loss) for _, loss in (first, best))
+    first, last = evals[0], evals[-1]  # the weights of the last step are handed on
+    old, new = (Score("", "validation_loss", loss) for _, loss in (first, last))
     return [
         [
             "pretrain",
             "validation loss (nats per token)",
             f"{first[1]:.3f} at step {first[0]}",
-            f"{best[1]:.3f} at step {best[0]}",
+            f"{last[1]:.3f} at step {last[0]}",
             change(old, new),
             verdict(old, new),
         ]

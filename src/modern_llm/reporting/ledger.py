@@ -1,6 +1,8 @@
 """The ledger: every score of every run, one JSON line each, append-only and never twice.
 
 A row says where a number comes from: run, stage, commit, config, data, seed, versions, protocol.
+``git_commit`` is that of the code that trained the checkpoint, ``evaluated_with`` that of the code
+that computed the score; ``dirty``, ``versions``, ``seed`` and ``ended`` belong to the latter.
 """
 
 import json
@@ -12,7 +14,7 @@ from typing import Any
 
 from modern_llm.errors import ConfigError
 from modern_llm.reporting.fields import read_rows
-from modern_llm.reporting.gains import scored_stages, stage_scores
+from modern_llm.reporting.gains import evaluated_scores, scored_stages
 from modern_llm.reporting.results import read_run
 from modern_llm.reporting.values import Provenance, Run, Score
 from modern_llm.runtime.artifacts import JsonLines, locked, sha256_json
@@ -50,18 +52,16 @@ def score_rows(run: Run) -> Iterator[dict[str, Any]]:
     """One row for every score of a run's models and baselines."""
     evaluated = run.evaluation.provenance
     for name in scored_stages(run):
-        stage = run.stages.get(name)
-        told = stage.provenance if stage and stage.provenance.config_sha256 else evaluated
-        made = stage.checkpoint.sha256 if stage and stage.checkpoint else ""
-        for score in stage_scores(run, name):
-            yield _row(run, name, told, score) | {
-                "checkpoint_sha256": made,
-                "data_sha256": data_hash(run, name),
-            }
+        scored = run.evaluation.sha256(name)
+        for score in evaluated_scores(run, name):
+            yield _row(run, name, evaluated, score, scored)
+        if stage := run.stages.get(name):
+            made = stage.checkpoint.sha256 if stage.checkpoint else ""
+            for score in stage.scores:
+                yield _row(run, name, stage.provenance, score, made)
     for name, scores in run.evaluation.baselines:
         for score in scores:
-            row = _row(run, f"baseline:{name}", evaluated, score)
-            yield row | {"checkpoint_sha256": "", "data_sha256": ""}
+            yield _row(run, f"baseline:{name}", evaluated, score, "")
 
 
 def data_hash(run: Run, stage: str) -> str:
@@ -70,13 +70,17 @@ def data_hash(run: Run, stage: str) -> str:
     return sha256_json([[r.source, r.split, r.fingerprint] for r in rows]) if rows else ""
 
 
-def _row(run: Run, stage: str, told: Provenance, score: Score) -> dict[str, Any]:
+def _row(
+    run: Run, stage: str, told: Provenance, score: Score, checkpoint_sha256: str
+) -> dict[str, Any]:
+    """One row; ``told`` is what the score was computed with."""
+    trained = run.stages[stage].provenance.git_commit if stage in run.stages else ""
     return {
         "run": run.name,
         "stage": stage,
-        "git_commit": told.git_commit,
+        "git_commit": trained or told.git_commit,
         "dirty": told.dirty,
-        "evaluated_with": run.evaluation.provenance.git_commit,
+        "evaluated_with": told.git_commit,
         "config_sha256": told.config_sha256,
         "seed": told.seed,
         "versions": told.versions,
@@ -87,6 +91,8 @@ def _row(run: Run, stage: str, told: Provenance, score: Score) -> dict[str, Any]
         "ci95": list(score.ci95) if score.ci95 else None,
         "n": score.n,
         "note": score.note,
+        "checkpoint_sha256": checkpoint_sha256,
+        "data_sha256": data_hash(run, stage),
     }
 
 

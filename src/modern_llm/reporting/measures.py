@@ -33,7 +33,7 @@ MEASURES = (  # the first that fits
     Measure("difference", "", ((" - ",),), True),  # paired, in points
     Measure("flexible", "exact match (flexible)", (("exact_match", "flexible"),), True),
     Measure("strict", "exact match (strict)", (("exact_match",),), True),
-    Measure("gold_bits", "gold-answer bits per byte", (("bits_per_byte", "gold"),), False, False),
+    Measure("gold_bits", "gold-answer bits per byte", (("bits_per_byte", "/gold"),), False, False),
     Measure("bits", "bits per byte", (("bits_per_byte",),), False, False),
     Measure("word_perplexity", "word perplexity", (("word_perplexity",),), False, False, 2),
     Measure("perplexity", "token perplexity", (("perplexity",),), False, False, 2),

@@ -1,6 +1,5 @@
 """The report of a run, built from its files alone, and protected like every result."""
 
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,13 @@ from modern_llm.reporting.tables import code, escape
 from modern_llm.reporting.values import Run
 from modern_llm.runtime.artifacts import (
     Policy,
-    back_up,
     published_folder,
-    sibling_names,
+    to_json,
     write_bytes,
     write_json,
     write_text,
 )
+from modern_llm.runtime.names import sibling_names, standing_siblings
 
 
 def report_path(run: Path, report_dir: Path) -> Path:
@@ -33,6 +32,21 @@ def assets_folder(report: Path) -> Path:
     """Folder of a report's figures: they belong to each other by name."""
     head, _, tail = report.stem.rpartition("_report")
     return report.with_name(f"{head}_assets{tail}")
+
+
+def newest_report(run: Path, report_dir: Path) -> Path | None:
+    """The report of ``run`` that was written last; ``None`` without any."""
+    wanted = report_path(run, report_dir)
+    return next(iter(standing_siblings(wanted, suffix=wanted.suffix)), None)
+
+
+def is_current(report: Path, run: Path) -> bool:
+    """Whether ``report`` tells the scores that the files of ``run`` hold now."""
+    try:
+        told = (assets_folder(report) / "scores.json").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    return told == to_json(_scores(read_run(run)))
 
 
 def write_report(run: Path, report_dir: Path, *, on_exists: Policy = "timestamp") -> Path | None:
@@ -58,12 +72,12 @@ def write_report(run: Path, report_dir: Path, *, on_exists: Policy = "timestamp"
         return None
     read = read_run(run)
     pictures = figures(read)
-    scores = {name: [asdict(s) for s in stage_scores(read, name)] for name in scored_stages(read)}
+    scores = _scores(read)
     if on_exists == "replace":
-        for old in (wanted, assets_folder(wanted)):
-            with suppress(FileNotFoundError):
-                back_up(old)
-    for path in sibling_names(wanted):
+        text = report_text(read, assets_folder(wanted).name, pictures)
+        _publish_assets(assets_folder(wanted), pictures, scores, replace=True)
+        return write_text(wanted, text, on_exists="replace")
+    for path in sibling_names(wanted, suffix=wanted.suffix):
         if not path.exists() and _publish_assets(assets_folder(path), pictures, scores):
             text = report_text(read, assets_folder(path).name, pictures)
             return write_text(path, text, on_exists="timestamp")
@@ -72,18 +86,24 @@ def write_report(run: Path, report_dir: Path, *, on_exists: Policy = "timestamp"
     return None
 
 
-def _publish_assets(folder: Path, pictures: dict[str, bytes], scores: dict[str, Any]) -> bool:
+def _scores(run: Run) -> dict[str, Any]:
+    return {name: [asdict(s) for s in stage_scores(run, name)] for name in scored_stages(run)}
+
+
+def _publish_assets(
+    folder: Path, pictures: dict[str, bytes], scores: dict[str, Any], *, replace: bool = False
+) -> bool:
     """Write figures and scores; ``False`` when another report has the name."""
-    if folder.exists():
+    if folder.exists() and not replace:
         return False
     try:
-        with published_folder(folder) as staging:
+        with published_folder(folder, replace=replace) as staging:
             # Never empty: a rename onto an empty folder would not fail, and claim nothing.
             write_json(staging / "scores.json", scores)
             for name, png in pictures.items():
                 write_bytes(staging / name, png)
     except ProtectedPathError:
-        if folder.exists():  # another process was faster
+        if folder.exists() and not replace:  # another process was faster
             return False
         raise
     return True
@@ -126,4 +146,10 @@ def opening(run: Run) -> list[str]:
     if run.faults:
         lines = "\n".join(f"> - {escape(fault)}" for fault in run.faults)
         parts.append(f"> **Some files are missing or damaged:**\n>\n{lines}")
+    if run.evaluation.foreign:
+        names = ", ".join(run.evaluation.foreign)
+        parts.append(
+            f"> **`eval/result.json` is of other checkpoints of {names} than this run has now:** "
+            "their scores are left out. Run `eval` again."
+        )
     return parts

@@ -3,6 +3,7 @@
 Any stage may be missing, unfinished or damaged: that is a status and a fault, not an exception.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 from modern_llm.config import STAGES, TRAINED_STAGES
@@ -26,6 +27,7 @@ from modern_llm.reporting.values import (
 )
 
 FORMAT = 1  # of every result.json
+POLICIES = ("pretrain", "sft", "dpo")
 
 
 def read_run(path: Path) -> Run:
@@ -47,7 +49,7 @@ def read_run(path: Path) -> Run:
         if fields is None:
             faults.append(f"{name} is missing")
     stages = {name: _read_stage(path / name, faults) for name in TRAINED_STAGES}
-    evaluation = _read_eval(path / "eval", faults)
+    evaluation = _of_this_run(_read_eval(path / "eval", faults), stages)
     return Run(
         path=path,
         name=path.resolve().name,
@@ -154,6 +156,34 @@ def _read_eval(folder: Path, faults: list[str]) -> EvalRun:
     )
 
 
+def _of_this_run(found: EvalRun, stages: dict[str, StageRun]) -> EvalRun:
+    """Leave out the scores of other checkpoints than a run's own, and say what is not scored."""
+    if found.status != "finished":
+        return found
+    foreign = [
+        name
+        for name, stage in stages.items()
+        if stage.checkpoint and found.sha256(name) not in ("", stage.checkpoint.sha256)
+    ]
+    scored = {model.stage for model in found.models}
+    late = [n for n in POLICIES if stages[n].status == "finished" and n not in scored]
+    reasons = {
+        **dict.fromkeys(foreign, "eval scored another checkpoint than the run has now"),
+        **dict.fromkeys(late, "is not among those that eval scored"),
+    }
+    missing = [
+        (f"the {name} checkpoint", f"{why}; run eval again") for name, why in reasons.items()
+    ]
+    samples = found.reasoning
+    return replace(
+        found,
+        models=tuple(model for model in found.models if model.stage not in foreign),
+        reasoning=None if samples and {samples.policy, "verifier"} & set(foreign) else samples,
+        not_evaluated=(*found.not_evaluated, *missing),
+        foreign=tuple(foreign),
+    )
+
+
 def _data_row(row: Fields) -> DataRow:
     dropped = row.fields("dropped")
     counts = {reason: dropped.integer(reason) or 0 for reason in sorted(dropped.raw)}
@@ -235,7 +265,7 @@ def _reasoning(fields: Fields) -> Reasoning | None:
         n_bin = item.integer("n") or 0
         if lo is None or hi is None or mean_score is None or accuracy is None or not n_bin:
             continue  # an empty bin has no mean
-        bins.append(Bin(lo, hi, mean_score, accuracy, n_bin))
+        bins.append(Bin(lo, hi, mean_score, accuracy, n_bin, item.interval("ci95")))
     return Reasoning(
         policy=fields.text("policy"),
         n_problems=fields.integer("n_problems"),
@@ -248,4 +278,5 @@ def _reasoning(fields: Fields) -> Reasoning | None:
         bins=tuple(bins),
         base_rate=fields.number("base_rate"),
         scores=_scores(fields),
+        verifier_sha256=fields.text("verifier_sha256"),
     )

@@ -136,9 +136,10 @@ def best_of_n_section(run: Run, pictures: Pictures) -> list[str]:
 
 
 def _curve_table(reasoning: Reasoning) -> str:
-    oracle = reasoning.curves.get("oracle")
-    if not reasoning.curves or (oracle and oracle[-1].value == 0):
+    if reasoning.base_rate == 0:
         return "Best of n is not evaluable: no sample of any problem is right."
+    if not reasoning.curves:
+        return "There is nothing to choose among: no problem has more than one sample."
     names = [name for name in CHOICES if name in reasoning.curves]
     first = written_point(reasoning.pass1, reasoning.n_problems)
     rows = [

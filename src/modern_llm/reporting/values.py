@@ -135,6 +135,7 @@ class Bin:
     mean_score: float
     accuracy: float
     n: int
+    ci95: tuple[float, float] | None = None  # of the accuracy, over problems
 
 
 CHOICES = {  # ways to choose among n samples, and their names in tables and plots
@@ -160,11 +161,12 @@ class Reasoning:
     bins: tuple[Bin, ...]
     base_rate: float | None
     scores: tuple[Score, ...] = ()
+    verifier_sha256: str = ""
 
 
 @dataclass(frozen=True)
 class EvalRun:
-    """The eval stage."""
+    """The eval stage; ``foreign`` are stages whose scores are of another checkpoint: left out."""
 
     status: Status
     models: tuple[ModelEval, ...] = ()
@@ -172,6 +174,14 @@ class EvalRun:
     baselines: tuple[tuple[str, tuple[Score, ...]], ...] = ()
     not_evaluated: tuple[tuple[str, str], ...] = ()
     provenance: Provenance = Provenance()
+    foreign: tuple[str, ...] = ()
+
+    def sha256(self, stage: str) -> str:
+        """Hash of what was evaluated as the checkpoint of ``stage``; empty where none is told."""
+        found = {m.stage: m.checkpoint.sha256 for m in self.models if m.checkpoint}
+        if self.reasoning is not None:
+            found["verifier"] = self.reasoning.verifier_sha256
+        return found.get(stage, "")
 
 
 @dataclass(frozen=True)

@@ -5,23 +5,27 @@ exists and writes nothing, ``replace`` moves what exists to a backup first. A fi
 not at all, and two processes that race for one name end with two files.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
 import math
 import os
-import secrets
 import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from modern_llm.errors import ConfigError, DataError, ProtectedPathError
+from modern_llm.runtime.names import backup_name, sibling_names, staging_name
 
 Policy = Literal["timestamp", "skip", "replace"]
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)
+NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def sha256_file(path: Path) -> str:
@@ -52,28 +56,6 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def sibling_names(path: Path) -> Iterator[Path]:
-    """``path``, then siblings with the UTC time (and a counter) before the suffix, for ever."""
-    yield path
-    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-    yield path.with_name(f"{path.stem}_{stamp}{path.suffix}")
-    count = 2
-    while True:
-        yield path.with_name(f"{path.stem}_{stamp}-{count}{path.suffix}")
-        count += 1
-
-
-def staging_name(path: Path) -> Path:
-    """Hidden sibling that becomes ``path``; processes of two machines never share one."""
-    return path.with_name(f".tmp-{path.name}-{os.getpid()}-{secrets.token_hex(4)}")
-
-
-def backup_name(path: Path) -> Path:
-    """``<name>.bak-<time>`` beside ``path``, to the microsecond."""
-    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f")
-    return path.with_name(f"{path.name}.bak-{stamp}")
-
-
 def back_up(path: Path) -> Path:
     """Move ``path`` to its backup name and return that."""
     target = backup_name(path)
@@ -92,11 +74,59 @@ def _replace(temporary: Path, path: Path) -> None:
         with suppress(OSError):  # some network file systems lock no folders
             fcntl.flock(folder, fcntl.LOCK_EX)
         if path.exists():
-            os.link(path, backup_name(path))
+            _keep(path)
         os.replace(temporary, path)
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def _keep(path: Path) -> None:
+    """Give the content of ``path`` a backup name too."""
+    try:
+        os.link(path, backup_name(path))
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        shutil.copy2(path, backup_name(path))
+
+
+def _claim(temporary: Path, name: Path) -> None:
+    """Give ``temporary`` a name that nobody has.
+
+    Raises:
+        FileExistsError: somebody has it.
+    """
+    try:
+        os.link(temporary, name)  # exclusive and atomic
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        name.open("x").close()  # exclusive; killed here, an empty file has the name
+        os.replace(temporary, name)
+
+
+@cache
+def _tell_no_locks(folder: Path) -> None:
+    from modern_llm.runtime.logs import get_logger  # and with it rich, for --help to do without
+
+    get_logger(__name__).warning(
+        "%s: its file system has no locks; nothing stops a second process that writes there", folder
+    )
+
+
+def _lock(file: IO[Any], path: Path, *, wait: bool = True) -> None:
+    """Lock an open file until it is closed; where there are no locks, say so and go on.
+
+    Raises:
+        BlockingIOError: another process has the lock, and ``wait`` is off.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        _tell_no_locks(path.parent)
 
 
 @contextmanager
@@ -105,9 +135,14 @@ def _io_told(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ProtectedPathError(
-            f"cannot write {path}: {error.strerror or error}; free space or choose another output"
-        ) from error
+        raise _cannot_write(path, error) from error
+
+
+def _cannot_write(path: Path, error: OSError) -> ProtectedPathError:
+    way_out = "free space" if error.errno in FULL else "make it writable"
+    return ProtectedPathError(
+        f"cannot write {path}: {error.strerror or error}; {way_out} or choose another output"
+    )
 
 
 def fsync_folder(folder: Path) -> None:
@@ -146,9 +181,9 @@ def write_bytes(path: Path, data: bytes, *, on_exists: Policy = "timestamp") -> 
             if on_exists == "replace":
                 _replace(temporary, path)
                 return path
-            for name in sibling_names(path):
+            for name in sibling_names(path, suffix=path.suffix):
                 try:
-                    os.link(temporary, name)  # fails when the name exists: exclusive, atomic
+                    _claim(temporary, name)
                 except FileExistsError:
                     if on_exists == "skip":
                         return None
@@ -197,31 +232,62 @@ def new_folder(path: Path, *, on_exists: Policy = "timestamp") -> Path | None:
 
 
 @contextmanager
-def published_folder(target: Path) -> Iterator[Path]:
+def published_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield a staging sibling that becomes ``target`` in one rename when the block succeeds.
 
     A killed process leaves ``.tmp-*``, never half a folder. Files are synced to disk before the
     rename and the parent after it.
 
+    Args:
+        target: name of the folder.
+        replace: what stands there moves to a backup name just before the rename, so that a block
+            that fails leaves it where it is.
+
     Raises:
-        ProtectedPathError: ``target`` exists, or the disk refuses; the staging folder is removed.
+        ProtectedPathError: ``target`` exists and is not to be replaced, the disk refuses, or the
+            block cannot read or write a file; the staging folder is removed.
     """
-    if target.exists():
+    if target.exists() and not replace:
         raise ProtectedPathError(f"{target} exists; it is never overwritten in place")
     staging = staging_name(target)
-    with _io_told(target):
-        try:
+    try:
+        with _io_told(target):
             staging.mkdir(parents=True)
+        with _block_told(target):
             yield staging
+        with _io_told(target):
             for file in staging.rglob("*"):
                 if file.is_file():
                     with file.open("rb") as handle:
                         os.fsync(handle.fileno())
-            os.rename(staging, target)
+            _publish(staging, target, replace=replace)
             fsync_folder(target.parent)
-        except BaseException:
-            shutil.rmtree(staging, ignore_errors=True)
-            raise
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def _block_told(target: Path) -> Iterator[None]:
+    """Tell an ``OSError`` of a block that fills ``target``: it may be of a file that is read."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL:
+            raise _cannot_write(target, error) from error
+        raise ProtectedPathError(f"{target} is not written: {error}") from error
+
+
+def _publish(staging: Path, target: Path, *, replace: bool) -> None:
+    """Rename ``staging`` to ``target``; what stood there is kept, and back if that fails."""
+    old = back_up(target) if replace and target.exists() else None
+    try:
+        os.rename(staging, target)
+    except OSError:
+        if old is not None:
+            with suppress(OSError):  # another process was faster
+                os.rename(old, target)
+        raise
 
 
 @contextmanager
@@ -237,16 +303,17 @@ def locked(folder: Path) -> Iterator[None]:
         handle = (folder / ".lock").open("a+")
     with handle:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(handle, folder / ".lock", wait=False)
         except BlockingIOError:
             handle.seek(0)
             holder = handle.read().strip() or "unknown"
             raise ConfigError(
                 f"{folder} is in use by another run ({holder}); wait, or give another --run-name"
             ) from None
-        handle.truncate(0)
-        handle.write(f"pid {os.getpid()} on {socket.gethostname()}")
-        handle.flush()
+        with _io_told(folder):
+            handle.truncate(0)
+            handle.write(f"pid {os.getpid()} on {socket.gethostname()}")
+            handle.flush()
         yield
 
 
@@ -267,7 +334,7 @@ class JsonLines:
     def _repair(self) -> None:
         whole = 0
         with _io_told(self.path), self.path.open("r+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # nobody appends between reading and cutting
+            _lock(file, self.path)  # nobody appends between reading and cutting
             for number, line in enumerate(file, start=1):
                 if not line.endswith(b"\n"):
                     file.truncate(whole)
@@ -288,16 +355,20 @@ class JsonLines:
         if row.get("kind") in ("train", "eval", "sample") and "step" in row:
             self._last_step[row["kind"]] = int(row["step"])
 
+    def has(self, kind: str, step: int) -> bool:
+        """Whether a row of this kind and step, or of a later one, is there."""
+        return step <= self._last_step.get(kind, -1)
+
     def append(self, row: dict[str, Any]) -> bool:
         """Append one row; returns whether it was written (see the class docstring)."""
         kind, step = str(row.get("kind")), row.get("step")
-        if step is not None and step <= self._last_step.get(kind, -1):
+        if step is not None and self.has(kind, step):
             return False
         line = json.dumps(_finite(row), allow_nan=False) + "\n"
         with _io_told(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("ab") as file:
-                fcntl.flock(file, fcntl.LOCK_EX)
+                _lock(file, self.path)
                 file.write(line.encode())
         self._remember(row)
         return True

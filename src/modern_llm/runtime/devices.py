@@ -40,8 +40,12 @@ def single_process() -> Ranks:
     return Ranks()
 
 
-def resolve_device(name: str = "auto") -> torch.device:
+def resolve_device(name: str = "auto", *, field: str = "training.device") -> torch.device:
     """Device by name; ``auto`` takes CUDA, else MPS, else the CPU.
+
+    Args:
+        name: such as ``cpu``, ``cuda`` or ``cuda:1``.
+        field: where the name was given, for the message.
 
     Raises:
         ConfigError: the device is unknown or not on this machine.
@@ -53,7 +57,7 @@ def resolve_device(name: str = "auto") -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ConfigError(f"training.device: unknown device '{name}' (auto, cpu, cuda)") from None
+        raise ConfigError(f"{field}: unknown device '{name}' (auto, cpu, cuda)") from None
     available = {
         "cpu": True,
         "cuda": torch.cuda.is_available(),
@@ -61,27 +65,32 @@ def resolve_device(name: str = "auto") -> torch.device:
     }
     if not available.get(device.type, False):
         raise ConfigError(
-            f"training.device: '{name}' is not available here; use training.device=cpu, "
+            f"{field}: '{name}' is not available here; use {field}=cpu, "
             "or run on a machine that has it"
         )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
-        raise ConfigError(
-            f"training.device: '{name}' is not here; the last of {count} is cuda:{count - 1}"
-        )
+        raise ConfigError(f"{field}: '{name}' is not here; the last of {count} is cuda:{count - 1}")
     return device
 
 
-def check_precision(precision: str, device: torch.device) -> None:
-    """Refuse a precision that the device cannot compute in.
+def _has_bf16() -> bool:
+    """Whether the GPU multiplies in bf16; all others can emulate it, slowly."""
+    return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+
+
+def check_precision(
+    precision: str, device: torch.device, *, field: str = "training.precision"
+) -> None:
+    """Refuse a precision that the device cannot compute in; ``field`` is where it was given.
 
     Raises:
         ConfigError: unsupported; names one that works.
     """
     if precision == "fp16" and device.type == "cpu":
-        raise ConfigError("training.precision: fp16 needs a GPU; use bf16 or fp32 on a CPU")
-    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
-        raise ConfigError("training.precision: this GPU has no bf16; use fp16 or fp32")
+        raise ConfigError(f"{field}: fp16 needs a GPU; use bf16 or fp32 on a CPU")
+    if precision == "bf16" and device.type == "cuda" and not _has_bf16():
+        raise ConfigError(f"{field}: this GPU has no bf16; use fp16 or fp32")
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
@@ -92,7 +101,7 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     if precision != "auto":
         return precision
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        return "bf16" if _has_bf16() else "fp16"
     if device.type == "cpu" and platform.machine() == "x86_64":
         fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         return "bf16" if fast else "fp32"

@@ -19,18 +19,26 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def rng_state() -> dict[str, Any]:
-    """State of Python's and torch's generators, loadable with ``weights_only=True``."""
+def rng_state(device: torch.device) -> dict[str, Any]:
+    """State of the generators of Python, torch and ``device``, loads with ``weights_only=True``.
+
+    Of the device in use alone: a restart may be on a machine with another number of them.
+    """
     state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
+    if device.type == "cuda":
+        state["device"] = {"cuda": torch.cuda.get_rng_state(device)}
+    elif device.type == "mps":
+        state["device"] = {"mps": torch.mps.get_rng_state()}
     return state
 
 
-def set_rng_state(state: dict[str, Any]) -> None:
-    """Put back what `rng_state` returned."""
+def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
+    """Put back what `rng_state` returned; a device of another type keeps its own state."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    saved = state.get("device", {}).get(device.type)
+    if saved is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(saved, device)
+    elif saved is not None:
+        torch.mps.set_rng_state(saved)

@@ -1,18 +1,19 @@
 """Signals that ask a run to stop: after the step it is in, or at once where nothing is lost."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from modern_llm.errors import StoppedBySignal
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+T = TypeVar("T")
 
 
 class StopSignal:
-    """While entered, SIGTERM, SIGINT and SIGUSR1 set ``requested`` and do nothing else.
+    """While entered, SIGTERM, SIGINT and SIGUSR1 set ``requested``, and end what `unless` calls.
 
     A second SIGINT raises ``KeyboardInterrupt``: the user does not want to wait. A request that is
     still unanswered when the block ends goes to the `stop_at_once` around it, if there is one.
@@ -21,11 +22,33 @@ class StopSignal:
     def __init__(self) -> None:
         self.requested: str | None = None
         self._before: dict[int, Any] = {}
+        self._leave = False  # inside `unless`
+
+    def unless(self, call: Callable[[], T]) -> T | None:
+        """What ``call`` returns, or ``None`` if a signal came before its end: it is left there.
+
+        For work that is lost without harm, such as a validation pass.
+        """
+        result = None
+        try:
+            try:
+                self._leave = True
+                if self.requested is None:
+                    result = call()
+            finally:
+                self._leave = False
+        except (_Stop, Exception):  # a library may raise its own in the place of the first
+            if self.requested is None:
+                raise
+        return result if self.requested is None else None
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.requested == "SIGINT":
             raise KeyboardInterrupt
         self.requested = signal.Signals(number).name
+        if self._leave:
+            self._leave = False  # once: another signal must not end what cleans up
+            raise _Stop
 
     def __enter__(self) -> Self:
         self._before = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
@@ -50,7 +73,7 @@ class StopSignal:
 
 
 class _Stop(BaseException):  # passes what catches Exception
-    """Leaves the block of `stop_at_once`."""
+    """Leaves the block of `stop_at_once`, or the call of `StopSignal.unless`."""
 
 
 class _StopNow:
@@ -89,5 +112,6 @@ def stop_at_once() -> Iterator[None]:
             signal.signal(number, handler)
     if now.requested is not None:
         raise StoppedBySignal(
-            f"{now.requested}: what is finished stands; the same command goes on from there"
+            f"{now.requested}: what is finished stands; the same command goes on from there "
+            "(without --force)"
         )

@@ -1,9 +1,9 @@
 """Layer 3: one Trainer for every stage, objectives, optimizers, schedules, checkpoints."""
 
+from modern_llm.models.weights import model_weights
 from modern_llm.training.checkpoint import (
     Checkpoint,
     load_model_weights,
-    model_weights,
     read_checkpoint,
     verify_checkpoint,
     write_checkpoint,

@@ -21,12 +21,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from modern_llm.errors import CheckpointError, DivergedError, ProtectedPathError
+from modern_llm.models.weights import copy_weights
 from modern_llm.runtime.artifacts import (
     published_folder,
     sha256_file,
     to_json,
     write_text,
 )
+from modern_llm.training.records import WAY_OUT
 
 FORMAT = 1  # of the folder; a reader refuses a newer one
 WEIGHTS, META, TOKENIZER, STATE, MANIFEST = (
@@ -39,6 +41,10 @@ WEIGHTS, META, TOKENIZER, STATE, MANIFEST = (
 REQUIRED = (WEIGHTS, META, TOKENIZER)
 # Fields of a model config that may change between stages: the weights mean the same.
 FREE_FIELDS = ("dropout", "attention_backend", "init_std", "max_seq_len")
+
+
+class DamagedCheckpointError(CheckpointError):
+    """What is there is known to be torn or altered: an older one may be taken in its place."""
 
 
 @dataclass(frozen=True)
@@ -62,20 +68,6 @@ class Checkpoint:
     def trainer_state(self) -> dict[str, Any]:
         """Optimizer, random state and position; see `read_trainer_state`."""
         return read_trainer_state(self.folder / STATE)
-
-
-def model_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Tensors of a model by name, each storage once, without the prefix of a compiled module."""
-    weights: dict[str, Tensor] = {}
-    seen: set[tuple[int, int, torch.Size]] = set()
-    for name, tensor in model.state_dict().items():
-        storage = tensor.untyped_storage()._cdata  # an address would be 0 on the meta device
-        key = (storage, tensor.storage_offset(), tensor.shape)
-        if tensor.numel() and key in seen:
-            continue
-        seen.add(key)
-        weights[name.replace("_orig_mod.", "")] = tensor
-    return weights
 
 
 def write_checkpoint(
@@ -104,7 +96,7 @@ def write_checkpoint(
     """
     for name, tensor in weights.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise DivergedError(f"{target} is not saved: weight '{name}' is not finite")
+            raise DivergedError(f"{target} is not saved: weight '{name}' is not finite; {WAY_OUT}")
     needed = sum(t.numel() * t.element_size() for t in weights.values()) + _bytes(trainer_state)
     try:
         with published_folder(target) as staging:
@@ -152,28 +144,47 @@ def verify_checkpoint(folder: Path) -> dict[str, Any]:
     """Check every byte of a checkpoint and return its manifest.
 
     Raises:
-        CheckpointError: names the file and its fault: missing, truncated, altered, a link, or of
-            a newer format.
+        DamagedCheckpointError: names the file and its fault: missing, truncated, altered, a link,
+            or not of the manifest.
+        CheckpointError: of a newer format, or the disk or its rights refuse to read it.
     """
-    if folder.is_file():
-        raise CheckpointError(
-            f"{folder} is a file; a checkpoint is a folder with {MANIFEST}. Pickled weights "
-            "(.pt, .bin) can run code and are never loaded: convert them to safetensors"
-        )
-    manifest = _read_manifest(folder)
-    for name, facts in manifest["files"].items():
-        path = folder / name
-        if path.is_symlink() or not path.is_file():
-            raise CheckpointError(f"{path} is missing or not a file; the checkpoint is damaged")
-        size = path.stat().st_size
-        if size != facts["bytes"]:
+    try:
+        if folder.is_file():
             raise CheckpointError(
-                f"{path} has {size} bytes, its manifest says {facts['bytes']}; "
-                "the checkpoint is damaged"
+                f"{folder} is a file; a checkpoint is a folder with {MANIFEST}. Pickled weights "
+                "(.pt, .bin) can run code and are never loaded: convert them to safetensors"
             )
-        if sha256_file(path) != facts["sha256"]:
-            raise CheckpointError(f"{path} was altered (sha256 differs from its manifest)")
+        manifest = _read_manifest(folder)
+        for name, facts in manifest["files"].items():
+            _check_file(folder / name, facts)
+        if STATE not in manifest["files"] and (folder / STATE).exists():
+            raise DamagedCheckpointError(f"{folder / STATE} was added: it is not in the manifest")
+    except FileNotFoundError as error:  # removed since it was seen
+        raise DamagedCheckpointError(f"{error.filename} is missing") from None
+    except OSError as error:
+        raise _unreadable(folder, error) from error
     return manifest
+
+
+def _unreadable(folder: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"{folder} cannot be read ({error}), so nothing is known of it; "
+        "make it readable or move it away, then start again"
+    )
+
+
+def _check_file(path: Path, facts: Mapping[str, Any]) -> None:
+    """Compare one file with its entry in the manifest."""
+    if path.is_symlink() or not path.is_file():
+        raise DamagedCheckpointError(f"{path} is missing or not a file; the checkpoint is damaged")
+    size = path.stat().st_size
+    if size != facts["bytes"]:
+        raise DamagedCheckpointError(
+            f"{path} has {size} bytes, its manifest says {facts['bytes']}; "
+            "the checkpoint is damaged"
+        )
+    if sha256_file(path) != facts["sha256"]:
+        raise DamagedCheckpointError(f"{path} was altered (sha256 differs from its manifest)")
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
@@ -197,12 +208,14 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             and all(name == Path(name).name for name in files)
             and text == to_json(manifest)
         )
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder} is not a checkpoint: it has no {MANIFEST}") from None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); it is damaged") from None
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        raise DamagedCheckpointError(
+            f"{folder} is not a checkpoint: it has no {MANIFEST}"
+        ) from None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DamagedCheckpointError(f"{path} cannot be read ({error}); it is damaged") from None
     if not sound:
-        raise CheckpointError(f"{path} was altered; the checkpoint is damaged")
+        raise DamagedCheckpointError(f"{path} was altered; the checkpoint is damaged")
     return dict(manifest)
 
 
@@ -216,9 +229,12 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     try:
         weights = load_file(folder / WEIGHTS, device="cpu")
         meta = json.loads((folder / META).read_text())
-    except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{folder} cannot be read: {error}") from error
-    return Checkpoint(folder, weights, meta, folder / TOKENIZER, sha256_file(folder / MANIFEST))
+        digest = sha256_file(folder / MANIFEST)
+    except OSError as error:
+        raise _unreadable(folder, error) from error
+    except (ValueError, SafetensorError) as error:
+        raise DamagedCheckpointError(f"{folder} cannot be read: {error}") from error
+    return Checkpoint(folder, weights, meta, folder / TOKENIZER, digest)
 
 
 def read_trainer_state(path: Path) -> dict[str, Any]:
@@ -257,25 +273,12 @@ def load_model_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
     Raises:
         CheckpointError: another architecture; lists the config fields and tensors that differ.
     """
-    own = model_weights(model)
-    problems = _config_differences(model, checkpoint.meta)
-    problems += [f"'{name}' is missing" for name in own if name not in checkpoint.weights]
-    problems += [f"'{name}' has no place" for name in checkpoint.weights if name not in own]
-    for name, tensor in own.items():
-        saved = checkpoint.weights.get(name)
-        if saved is not None and (saved.shape, saved.dtype) != (tensor.shape, tensor.dtype):
-            problems.append(
-                f"'{name}' is {tuple(saved.shape)} {saved.dtype}, "
-                f"the model has {tuple(tensor.shape)} {tensor.dtype}"
-            )
-    if problems:
-        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise CheckpointError(
-            f"{checkpoint.folder} does not fit this model: {'; '.join(problems[:8])}{more}"
-        )
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(checkpoint.weights[name])
+    copy_weights(
+        model,
+        checkpoint.weights,
+        source=str(checkpoint.folder),
+        problems=_config_differences(model, checkpoint.meta),
+    )
 
 
 def _config_differences(model: nn.Module, meta: Mapping[str, Any]) -> list[str]:

@@ -2,7 +2,8 @@
 
 A unit is what the mean of a step is taken over: a supervised token, a preference pair, an answer.
 Because an objective returns sums, neither the split into micro-batches nor that over ranks can
-change the gradient.
+change the gradient. One term is no such sum: the balance loss of experts is a product of two means
+over all tokens of a micro-batch, padding included, so with experts the split changes its part.
 """
 
 from dataclasses import dataclass, field
@@ -20,12 +21,14 @@ class Terms:
     """Sums over the units of one micro-batch.
 
     Attributes:
-        loss_sum: scalar in nats, with its graph.
+        loss_sum: scalar in nats, with its graph; what is logged, checked and compared.
         metrics: scalars, summed over units too; shown as means.
+        aux_sum: what is minimised beside the loss without being part of it.
     """
 
     loss_sum: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)
+    aux_sum: Tensor | None = None
 
 
 class Objective(Protocol):
@@ -58,9 +61,6 @@ def token_loss_sum(logits_MV: Tensor, labels_M: Tensor) -> Tensor:
 class LMObjective:
     """Next-token cross entropy over the labels of a ``TokenBatch``.
 
-    The balance loss of a mixture of experts is a mean over a micro-batch; it is weighted by the
-    units of that micro-batch, so that its share of the step does not depend on the split.
-
     Args:
         gather: compute logits only at supervised positions; pays when few tokens are supervised
             (SFT). It waits for the device once a micro-batch, so pretraining leaves it off.
@@ -86,7 +86,7 @@ class LMObjective:
             labels = labels.reshape(-1)[at_M]
             options["at_M"] = at_M
         loss_sum = self._token_loss_sum(model(batch.tokens_BT, **options), labels)
-        return with_balance_loss(model, loss_sum, labels)
+        return with_balance_loss(model, Terms(loss_sum), (labels != IGNORE).sum())
 
 
 @runtime_checkable
@@ -100,19 +100,21 @@ class HasExperts(Protocol):
         """Load of the experts in the last forward."""
 
 
-def with_balance_loss(model: nn.Module, loss_sum: Tensor, labels: Tensor) -> Terms:
-    """Add the experts' balance loss of the last forward, weighted by the supervised tokens.
+def with_balance_loss(model: nn.Module, terms: Terms, units: Tensor | int) -> Terms:
+    """Add the experts' balance loss of the last forward as ``aux_sum``, and their loads as metrics.
+
+    The balance loss is one number for a micro-batch; it is weighted by the units of that
+    micro-batch, so that its share of the step does not depend on the split.
 
     Args:
-        model: a decoder; one without experts leaves the loss as it is.
-        loss_sum: scalar in nats.
-        labels: labels of the micro-batch, -100 where there is no loss.
+        model: a decoder or a verifier; one without experts leaves the terms as they are.
+        terms: of the objective itself.
+        units: of the micro-batch.
     """
     aux = model.aux_loss() if isinstance(model, HasExperts) else None
     if aux is None or not isinstance(model, HasExperts):
-        return Terms(loss_sum)
-    units = (labels != IGNORE).sum()
-    metrics = {"cross_entropy": loss_sum.detach(), "balance_loss": aux.detach() * units}
+        return terms
+    metrics = {**terms.metrics, "balance_loss": aux.detach() * units}
     for name, value in model.moe_load().items():
         metrics[f"expert_load.{name}"] = value.detach() * units
-    return Terms(loss_sum + aux * units, metrics)
+    return Terms(terms.loss_sum, metrics, aux * units)

@@ -4,6 +4,7 @@ Weight decay acts on matrices and embedding tables (two dimensions or more), and
 no norm gain, bias or learned sink.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from modern_llm.config import TrainingConfig
-from modern_llm.errors import CheckpointError
+from modern_llm.errors import CheckpointError, ConfigError
 from modern_llm.registry import Registry
 
 OPTIMIZERS = Registry("optimizer")
@@ -155,7 +156,21 @@ def muon(
         nesterov: look one step ahead.
         ns_steps: Newton-Schulz iterations.
         lr_ratio: Muon's learning rate over the config's.
+
+    Raises:
+        ConfigError: an option out of range.
     """
+    problems = [
+        told
+        for wrong, told in (
+            (not 0 <= momentum < 1, f"momentum={momentum} must be in [0, 1)"),
+            (not 1 <= ns_steps < 100, f"ns_steps={ns_steps} must be in [1, 100)"),
+            (not 0 < lr_ratio < math.inf, f"lr_ratio={lr_ratio} must be positive"),
+        )
+        if wrong
+    ]
+    if problems:
+        raise ConfigError(f"optimizer 'muon': {'; '.join(problems)}")
     hidden = hidden_matrices(model)
     ids = {id(p) for p in hidden}
     rest = [(name, p) for name, p in model.named_parameters() if id(p) not in ids]
@@ -177,7 +192,7 @@ def build_optimizers(model: nn.Module, config: TrainingConfig) -> Optimizers:
     """The optimizer that ``config.optimizer`` names, over the trained parameters of ``model``.
 
     Raises:
-        ConfigError: unknown optimizer or option.
+        ConfigError: unknown optimizer or option, or an option out of range.
     """
     built = OPTIMIZERS.build(config.optimizer, model, config)
     assert isinstance(built, Optimizers)

@@ -11,6 +11,7 @@ from modern_llm.errors import DivergedError
 from modern_llm.runtime.logs import get_logger
 
 log = get_logger(__name__)
+WAY_OUT = "lower training.lr, or look at the data"  # of a run that diverged
 
 
 @dataclass(frozen=True)

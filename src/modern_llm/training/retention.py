@@ -10,7 +10,12 @@ from pathlib import Path
 from modern_llm.errors import CheckpointError
 from modern_llm.runtime.artifacts import back_up
 from modern_llm.runtime.logs import get_logger
-from modern_llm.training.checkpoint import META, verify_checkpoint
+from modern_llm.training.checkpoint import (
+    META,
+    DamagedCheckpointError,
+    read_checkpoint,
+    verify_checkpoint,
+)
 
 log = get_logger(__name__)
 NAME = re.compile(r"step-(\d{8,})")
@@ -42,11 +47,16 @@ def list_checkpoints(checkpoints: Path) -> list[Path]:
 
 
 def newest_good(checkpoints: Path) -> Path | None:
-    """The newest checkpoint of which every byte verifies; damaged ones are named aloud."""
+    """The newest checkpoint of which every byte verifies; damaged ones are named aloud.
+
+    Raises:
+        CheckpointError: one cannot be read, or is of a newer format: it may be good, and going on
+            from an older one would lose its steps.
+    """
     for folder in reversed(list_checkpoints(checkpoints)):
         try:
             verify_checkpoint(folder)
-        except CheckpointError as error:
+        except DamagedCheckpointError as error:
             log.warning("passing over a damaged checkpoint: %s", error)
         else:
             return folder
@@ -58,6 +68,24 @@ def set_aside_damaged(checkpoints: Path, *, newest: Path | None) -> None:
     for folder in list_checkpoints(checkpoints):
         if newest is None or step_of(folder) > step_of(newest):
             log.warning("set aside as %s", back_up(folder).name)
+
+
+def standing_final(final: Path, *, step: int) -> str | None:
+    """Hash of the published weights if they are of ``step``; otherwise they are moved aside.
+
+    Raises:
+        CheckpointError: they cannot be read.
+    """
+    if not final.exists():
+        return None
+    try:
+        standing = read_checkpoint(final)
+        if standing.meta.get("step") == step:
+            return standing.sha256
+    except DamagedCheckpointError as error:
+        log.warning("%s", error)
+    log.warning("%s is of another step or damaged: moved to %s", final, back_up(final))
+    return None
 
 
 def sweep(checkpoints: Path) -> None:
@@ -83,7 +111,7 @@ def best_checkpoint(checkpoints: Path) -> Path | None:
 
 
 def prune(checkpoints: Path, *, keep_last: int, protect: Set[Path] = frozenset()) -> list[Path]:
-    """Remove all but the last ``keep_last`` checkpoints, the best one, and those protected.
+    """Remove all but the last ``keep_last`` checkpoints, the best of them, and those protected.
 
     A checkpoint vanishes by one rename first, so a killed process leaves no half of it. What
     cannot be removed stays, with a warning.

@@ -19,7 +19,8 @@ from modern_llm.errors import (
     DivergedError,
     StoppedBySignal,
 )
-from modern_llm.runtime.artifacts import JsonLines, back_up, sha256_json
+from modern_llm.models.weights import model_weights
+from modern_llm.runtime.artifacts import JsonLines, sha256_json
 from modern_llm.runtime.devices import (
     check_precision,
     keep_freed_memory,
@@ -32,7 +33,6 @@ from modern_llm.runtime.seeding import derive_seed, rng_state, seed_everything, 
 from modern_llm.runtime.signals import StopSignal
 from modern_llm.training.checkpoint import (
     load_model_weights,
-    model_weights,
     read_checkpoint,
     write_checkpoint,
 )
@@ -45,6 +45,7 @@ from modern_llm.training.retention import (
     newest_good,
     prune,
     set_aside_damaged,
+    standing_final,
     sweep,
 )
 from modern_llm.training.throughput import mfu, peak_flops, peak_memory_gb
@@ -119,6 +120,7 @@ class Trainer:
         self.progress = Progress()
         self.peak: float | None = None  # FLOP/s of the device
         self._resumed_from: Path | None = None
+        self._newest: Path | None = None  # checkpoint that verified, or was written here
         self._validation: tuple[int, dict[str, float]] | None = None  # step, scores
         self._last_row = Progress()  # for the speed since the last train row
         self._steps_here = 0  # of this process
@@ -146,7 +148,7 @@ class Trainer:
         return {
             "progress": asdict(self.progress),
             "update": self.update.state_dict(),
-            "rng": rng_state(),
+            "rng": rng_state(self.device),
             "fingerprint": self.loader.fingerprint,
             "training": self.config.model_dump(mode="json"),
         }
@@ -171,7 +173,7 @@ class Trainer:
             log.warning("going on with another config: training.%s", ", training.".join(changed))
         self.progress = Progress(**state["progress"])
         self.update.load_state_dict(state["update"])
-        set_rng_state(state["rng"])
+        set_rng_state(state["rng"], self.device)
 
     def _restore(self) -> None:
         """Start fresh, or go on from the newest good checkpoint."""
@@ -190,7 +192,7 @@ class Trainer:
         self.load_state_dict(checkpoint.trainer_state())
         if self.progress.step < self.config.max_steps:
             self.progress.restarts += 1
-        self._resumed_from = newest
+        self._resumed_from = self._newest = newest
         if "validation" in checkpoint.meta:
             self._validation = (self.progress.step, checkpoint.meta["validation"])
         log.info("%s: going on from %s", self.folder.name, newest.name)
@@ -218,16 +220,13 @@ class Trainer:
             return
         begin = time.perf_counter()
         digest = self._write(target, with_state=True)
-        seconds = time.perf_counter() - begin
+        seconds, self._newest = time.perf_counter() - begin, target
         row = {"step": self.progress.step, "name": target.name, "sha256": digest}
         self.run_log.saved({**row, "seconds": round(seconds, 3)})
-        protect = {target} if self._resumed_from is None else {target, self._resumed_from}
+        # A stop saves before the evaluation, so the folder may not know that it is the best.
+        best = checkpoint_path(self.checkpoints, self.progress.best_step)
+        protect = {path for path in (target, best, self._resumed_from) if path is not None}
         prune(self.checkpoints, keep_last=self.config.keep_last, protect=protect)
-
-    def _last_good(self) -> str:
-        """The newest checkpoint that verifies, as told to a user."""
-        newest = newest_good(self.checkpoints)
-        return "there is no checkpoint yet" if newest is None else f"last good checkpoint: {newest}"
 
     def fit(self) -> FitResult:
         """Train up to ``max_steps``, or from the newest checkpoint on; publish ``final/``.
@@ -252,42 +251,55 @@ class Trainer:
                     self._loop(stop)
             except DivergedError as error:
                 self._tell_stop("diverged")
-                raise DivergedError(
-                    f"{error}; {self._last_good()}; lower training.lr, or look at the data"
-                ) from None
+                good = self._newest or "none yet"
+                raise DivergedError(f"{error}; last good checkpoint: {good}") from None
             result = self._publish()
             self._tell_stop("finished")
         return result
 
     def _loop(self, stop: StopSignal) -> None:
-        if self.progress.step == 0:
-            self._evaluate()
+        self._after_step(stop)
         while self.progress.step < self.config.max_steps:
             begin = time.perf_counter()
             stats = self.train_step(self.loader.batches(self.progress.step))
             self._count(time.perf_counter() - begin, stats.tokens)
-            if self._due(self.config.log_every, at_start=True):
+            if self._due(self.config.log_every) or self.progress.step == 1:
                 self._tell_step(stats)
-            if self._due(self.config.eval_every):
-                self._evaluate()
-            if self._due(self.config.sample_every):
-                self._sample()
-            if self._due(self.config.save_every):
-                self._save()
-            if stop.requested and self.progress.step < self.config.max_steps:
-                self._save()
-                self._tell_stop(f"signal:{stop.requested}")
-                raise StoppedBySignal(
-                    f"{self.folder.name}: {stop.requested} after step {self.progress.step}; "
-                    "saved, the same command goes on from there"
-                )
+            self._after_step(stop)
 
-    def _due(self, every: int, *, at_start: bool = False) -> bool:
+    def _after_step(self, stop: StopSignal) -> None:
+        """Evaluate, sample and save where it is due.
+
+        A stop saves at once and leaves the rest: a scheduler's grace is shorter than a validation
+        pass. The next start does first what is left.
+        """
+        for hook in self._left():
+            hook(stop)
+        if stop.requested or self._due(self.config.save_every):
+            self._save()
+        if stop.requested and (self.progress.step < self.config.max_steps or self._left()):
+            self._tell_stop(f"signal:{stop.requested}")
+            raise StoppedBySignal(
+                f"{self.folder.name}: {stop.requested} after step {self.progress.step}; "
+                "saved, the same command goes on from there (without --force)"
+            )
+
+    def _left(self) -> list[Callable[[StopSignal], None]]:
+        """The hooks that are due after this step and not done."""
+        step = self.progress.step
+        left: list[Callable[[StopSignal], None]] = []
+        evaluated = self._validation is not None and self._validation[0] == step
+        if self.evaluate and not evaluated and (step == 0 or self._due(self.config.eval_every)):
+            left.append(self._evaluate)
+        every = self.config.sample_every
+        if self.sample and every and self._due(every) and not self.run_log.rows.has("sample", step):
+            left.append(self._sample)
+        return left
+
+    def _due(self, every: int) -> bool:
         """Whether a hook runs after this step: every so many steps, and at the end."""
         step = self.progress.step
-        if step == self.config.max_steps or (at_start and step == 1):
-            return True
-        return every > 0 and step % every == 0
+        return step == self.config.max_steps or (step > 0 and every > 0 and step % every == 0)
 
     def _count(self, seconds: float, tokens: int) -> None:
         self.progress.seconds += seconds
@@ -296,47 +308,42 @@ class Trainer:
             self.progress.steady_tokens += tokens
         self._steps_here += 1
 
-    def _aside(self, call: Callable[[nn.Module], Mapping[str, Any]]) -> dict[str, Any]:
-        """Call with the model in eval mode; mode and random state are put back."""
-        training, state = self.model.training, rng_state()
+    def _aside(
+        self, call: Callable[[nn.Module], Mapping[str, Any]], stop: StopSignal
+    ) -> Mapping[str, Any] | None:
+        """Call with the model in eval mode, unless a stop comes; mode and random state stay."""
+        training, state = self.model.training, rng_state(self.device)
         # A compiled model runs what is compiled already, and compiles nothing for a hook.
         stance = torch.compiler.set_stance("eager_on_recompile") if self.config.compile else None
         self.model.eval()
         try:
             with torch.no_grad(), stance or nullcontext():
-                return dict(call(self.model))
+                return stop.unless(lambda: call(self.model))
         finally:
             self.model.train(training)
-            set_rng_state(state)
+            set_rng_state(state, self.device)
 
-    def _evaluate(self) -> None:
-        if self.evaluate is None:
+    def _evaluate(self, stop: StopSignal) -> None:
+        assert self.evaluate is not None
+        scores = self._aside(self.evaluate, stop)
+        if scores is None:
             return
-        scores = self._aside(self.evaluate)
         step, loss = self.progress.step, scores["loss"]
-        self._validation = (step, scores)
+        self._validation = (step, dict(scores))
         if loss < self.progress.best_loss:
             self.progress.best_step, self.progress.best_loss = step, loss
         self.run_log.evaluation({"step": step, **scores})
 
-    def _sample(self) -> None:
-        if self.sample is not None and self.config.sample_every > 0:
-            self.run_log.sample({"step": self.progress.step, **self._aside(self.sample)})
+    def _sample(self, stop: StopSignal) -> None:
+        assert self.sample is not None
+        row = self._aside(self.sample, stop)
+        if row is not None:
+            self.run_log.sample({"step": self.progress.step, **row})
 
     def _publish(self) -> FitResult:
         """Write ``final/`` (weights alone), unless it stands."""
         p, final = self.progress, self.folder / "final"
-        digest = None
-        if final.exists():
-            try:
-                standing = read_checkpoint(final)
-                digest = standing.sha256 if standing.meta.get("step") == p.step else None
-            except CheckpointError as error:
-                log.warning("%s", error)
-            if digest is None:
-                log.warning("%s is of another step or damaged: moved to %s", final, back_up(final))
-        if digest is None:
-            digest = self._write(final, with_state=False)
+        digest = standing_final(final, step=p.step) or self._write(final, with_state=False)
         speed = p.steady_tokens / p.steady_seconds if p.steady_seconds else 0.0
         best = {"step": p.best_step, "loss": p.best_loss} if p.best_step >= 0 else None
         return FitResult(
@@ -354,14 +361,13 @@ class Trainer:
         )
 
     def _tell_start(self) -> None:
-        resumed = None if self._resumed_from is None else self._resumed_from.name
         self.run_log.start(
             {
                 "step": self.progress.step,
                 "seed": self.config.seed,
                 "config_sha256": sha256_json(self.config.model_dump(mode="json")),
                 "data_fingerprint": self.loader.fingerprint,
-                "resumed_from": resumed,
+                "resumed_from": self._resumed_from and self._resumed_from.name,
                 "unit": self.objective.unit,
                 "device": str(self.device),
                 "peak_flops": self.peak,

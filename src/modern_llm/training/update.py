@@ -12,7 +12,7 @@ from modern_llm.errors import DataError, DivergedError
 from modern_llm.runtime.devices import autocast
 from modern_llm.training.objectives import Objective, Terms
 from modern_llm.training.optim import build_optimizers
-from modern_llm.training.records import FirstLoss, StepStats
+from modern_llm.training.records import WAY_OUT, FirstLoss, StepStats
 from modern_llm.training.schedule import Schedule
 
 MIN_FP16_SCALE = 2.0**-6  # a gradient that overflows at this scale is not finite at all
@@ -22,8 +22,9 @@ class Update:
     """Moves a model's weights by one optimizer step at a time.
 
     The loss is one mean over every unit of the step, so that the split into micro-batches cannot
-    change the gradient. The gradient is clipped once, after unscaling. The weights are touched
-    only when loss and gradient are finite.
+    change its gradient (that of the experts' balance loss it can, see `objectives`). The gradient
+    is clipped once, after unscaling. The weights are touched only when loss and gradient are
+    finite.
 
     Args:
         model: on ``device`` already.
@@ -98,7 +99,8 @@ class Update:
         for batch in micro_batches:
             with autocast(self.device, self.config.precision):
                 terms = self.objective(self.model, batch.to(self.device))
-            torch.autograd.backward(self.scaler.scale(terms.loss_sum / units))
+            total = terms.loss_sum if terms.aux_sum is None else terms.loss_sum + terms.aux_sum
+            torch.autograd.backward(self.scaler.scale(total / units))
             loss_sum += terms.loss_sum.detach()
             for name, value in terms.metrics.items():
                 metrics[name] = metrics[name] + value if name in metrics else value
@@ -115,7 +117,9 @@ class Update:
             return
         rows = [i for b in micro_batches if hasattr(b, "index_B") for i in b.index_B.tolist()]
         named = f" (data rows {rows})" if rows else ""
-        raise DivergedError(f"step {step + 1}{named}: loss={loss:.4g}, grad_norm={grad_norm:.4g}")
+        raise DivergedError(
+            f"step {step + 1}{named}: loss={loss:.4g}, grad_norm={grad_norm:.4g}; {WAY_OUT}"
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Moments of the optimizer and the fp16 scale."""

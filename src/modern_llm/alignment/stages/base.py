@@ -4,9 +4,10 @@ Stages hand over by files only. A stage that is finished is not run again, one t
 goes on from its last checkpoint, and one whose parent is another than before is refused.
 """
 
+import itertools
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -15,12 +16,12 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from modern_llm.alignment.sampling import sample_ids
+from modern_llm.alignment.sampling import continue_text
 from modern_llm.config import ModelConfig, PipelineConfig, SourceConfig, StageConfig
 from modern_llm.data.collate import Batch
 from modern_llm.data.loader import Loader
 from modern_llm.data.sources import open_source
-from modern_llm.data.sources.base import Source
+from modern_llm.data.sources.base import RowCounts, Source
 from modern_llm.data.templates import TEMPLATE_HASH
 from modern_llm.data.tokenizer import Tokenizer
 from modern_llm.errors import ProtectedPathError
@@ -117,6 +118,10 @@ class Stage(ABC):
                     "start the stage again (a backup is kept)"
                 )
 
+    def outdated(self) -> bool:
+        """Whether what stands was computed from other checkpoints than there are now."""
+        return False
+
     def parent_record(self) -> dict[str, str] | None:
         """Stage, path and hash of the parent checkpoint, for lineage."""
         if self.parent is None:
@@ -208,6 +213,11 @@ class TrainedStage(Stage):
             chosen = self.section.validation
         return [open_source(source, self.config.data) for source in chosen]
 
+    def rows(self, split: str, counts: RowCounts | None = None) -> Iterator[dict[str, Any]]:
+        """Rows of a split, the sources in turn: each has its part where not all are read."""
+        turns = itertools.zip_longest(*(s.rows(split, counts) for s in self.sources(split)))
+        return (row for turn in turns for row in turn if row is not None)
+
     def evaluate(self, model: nn.Module) -> dict[str, Any]:
         """Mean loss and metrics of the objective over the whole validation split."""
         return mean_loss(
@@ -218,12 +228,12 @@ class TrainedStage(Stage):
     def sample(self, model: nn.Module) -> dict[str, Any]:
         """A text that the model goes on with, for ``training.sample_every``."""
         start = next(iter(self.config.eval.completions), "")
-        ids = [self.tokenizer.bos_id, *self.tokenizer.encode(start)]
-        (done,) = sample_ids(
-            decoder_of(model), self.tokenizer, [ids], temperature=0.8, seeds=[0],
+        text = continue_text(
+            decoder_of(model), self.tokenizer, start,
             max_new_tokens=self.config.eval.sample_tokens,
+            precision=self.section.training.precision,
         )  # fmt: skip
-        return {"prompt": start, "text": self.tokenizer.decode(done)}
+        return {"prompt": start, "text": text}
 
     def checkpoint_meta(self) -> dict[str, Any]:
         """What travels in each checkpoint's ``config.json``, beside its step.

@@ -1,6 +1,5 @@
 """Pretraining: next-token prediction on packed text."""
 
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -9,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from modern_llm.alignment.stages.base import STAGES, TrainedStage
+from modern_llm.config import PretrainConfig
 from modern_llm.data.collate import TokenBatch
 from modern_llm.data.loader import TextLoader
 from modern_llm.data.prepare import text_store
@@ -31,6 +31,11 @@ class PretrainStage(TrainedStage):
 
     name = "pretrain"
 
+    @property
+    def section(self) -> PretrainConfig:
+        """The stage's part of the config."""
+        return self.config.pretrain
+
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The checkpoint's tokenizer, else one made for the training text.
@@ -47,10 +52,8 @@ class PretrainStage(TrainedStage):
         )  # fmt: skip
 
     def _texts(self) -> Iterator[str]:
-        """Training text, the sources in turn, so that each has its part in the tokenizer."""
-        rows = [source.rows("train") for source in self.sources("train")]
-        for turn in itertools.zip_longest(*rows):
-            yield from (row["text"] for row in turn if row is not None)
+        """Training text that the tokenizer is fitted to."""
+        return (row["text"] for row in self.rows("train"))
 
     @cached_property
     def stores(self) -> list[TokenStore]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from modern_llm.alignment.audit import AUDITED_BATCHES, mask_audit
 from modern_llm.alignment.stages.base import STAGES, TrainedStage
+from modern_llm.config import SFTConfig
 from modern_llm.data.collate import TokenBatch
 from modern_llm.data.loader import PackedLoader
 from modern_llm.data.prepare import instruct_store, prompt_hashes, text_store
@@ -22,6 +23,11 @@ class SFTStage(TrainedStage):
 
     name = "sft"
     starts_from = "pretrain"
+
+    @property
+    def section(self) -> SFTConfig:
+        """The stage's part of the config."""
+        return self.config.sft
 
     def _store(self, split: str, exclude: frozenset[str] = frozenset()) -> TokenStore:
         return instruct_store(

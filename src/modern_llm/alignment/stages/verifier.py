@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from modern_llm.alignment.sampling import sample_texts
@@ -22,24 +22,26 @@ from modern_llm.alignment.stages.base import STAGES, TrainedStage, load_policy
 from modern_llm.config import VerifierConfig
 from modern_llm.data.collate import AnswerBatch, collate_answers
 from modern_llm.data.corruption import corrupt_solution
+from modern_llm.data.draws import shuffle
 from modern_llm.data.loader import BucketLoader
-from modern_llm.data.prepare import solution_store
-from modern_llm.data.sources.base import RowCounts
+from modern_llm.data.prepare import prompt_hash, prompt_hashes, solution_ids, solution_store
+from modern_llm.data.sources import open_source
+from modern_llm.data.sources.base import RowCounts, Source
 from modern_llm.data.store import TokenStore
-from modern_llm.data.templates import answer_ids, prompts_ids, truncate_prompt
 from modern_llm.data.tokenizer import Tokenizer
 from modern_llm.errors import DataError
 from modern_llm.evaluation.answers import grade
 from modern_llm.evaluation.calibration import auroc_score, auroc_within_score, ece_score
+from modern_llm.evaluation.intervals import share_interval
 from modern_llm.evaluation.scores import Result, Score
 from modern_llm.models import ModernDecoderLM, VerifierModel
-from modern_llm.runtime.artifacts import sha256_json, write_text
+from modern_llm.runtime.artifacts import sha256_json, write_json, write_text
 from modern_llm.runtime.devices import autocast
 from modern_llm.runtime.logs import counted, get_logger
 from modern_llm.runtime.seeding import derive_seed
 from modern_llm.training.checkpoint import Checkpoint, load_model_weights
 from modern_llm.training.handover import model_config
-from modern_llm.training.objectives import Terms
+from modern_llm.training.objectives import Terms, with_balance_loss
 
 log = get_logger(__name__)
 Solution = dict[str, Any]  # question, text, label (1 right), origin
@@ -76,7 +78,8 @@ class VerifierObjective:
             "lm_loss": lm_sum.detach(),
             "token_accuracy": ((value_M > 0) == (label_M > 0.5)).float().sum(),
         }
-        return Terms(value_sum + self.lm_coef * lm_sum, metrics)
+        terms = Terms(value_sum + self.lm_coef * lm_sum, metrics)
+        return with_balance_loss(model, terms, batch.answer_BT.sum())
 
 
 def load_verifier(checkpoint: Checkpoint, device: torch.device) -> VerifierModel:
@@ -95,14 +98,18 @@ def top_up(
 ) -> list[Solution]:
     """Add worked solutions, and corruptions of them, until both classes have their least share.
 
+    They go through the questions in random order: what a question is about says nothing of the
+    label.
+
     Args:
         samples: graded samples of the policy.
         worked: the data set's solution of each question.
         config: ``min_right`` and ``min_wrong``.
-        seed: of the corruptions.
+        seed: of the order and the corruptions.
     """
     questions = sorted(worked)
     rng = random.Random(derive_seed("corrupt", seed))
+    shuffle(rng, questions)
     added: list[Solution] = []
     for label, least in ((1, config.min_right), (0, config.min_wrong)):
         have = sum(s["label"] == label for s in samples)
@@ -119,7 +126,8 @@ def top_up(
 class VerifierStage(TrainedStage):
     """Learn which of the policy's solutions are right. Needs ``dpo``; writes ``<run>/verifier/``.
 
-    ``samples-train.jsonl`` and ``samples-validation.jsonl`` hold what it is trained and tested on.
+    ``samples-train.jsonl`` and ``samples-validation.jsonl`` hold what it is trained and tested on,
+    and a ``.json`` beside each the fingerprints of the problems and what was dropped.
     """
 
     name = "verifier"
@@ -130,20 +138,36 @@ class VerifierStage(TrainedStage):
         """The stage's part of the config."""
         return self.config.verifier
 
-    def _problems(self, split: str) -> dict[str, str]:
-        """Question -> worked solution; no training question is held out."""
-        section = self.section
+    def _kept_apart(self) -> list[tuple[Source, str]]:
+        """Sources and splits whose problems are not trained on: held out, or tested on."""
+        apart = [(source, "validation") for source in self.sources("validation")]
+        if (task := self.config.eval.reasoning) is not None:
+            apart.append((open_source(task.source, self.config.data), task.split))
+        return apart
+
+    def _problems(self, split: str, counts: RowCounts) -> dict[str, str]:
+        """Question -> worked solution; training problems kept apart are left out and counted."""
+        section, apart = self.section, frozenset[str]()
+        if split == "train":
+            apart = apart.union(*(prompt_hashes([s], part) for s, part in self._kept_apart()))
         count = section.n_problems if split == "train" else section.n_validation_problems
-        counts = RowCounts(max_bad_rows=self.config.data.max_bad_rows)
-        rows = itertools.chain.from_iterable(s.rows(split, counts) for s in self.sources(split))
         problems: dict[str, str] = {}
-        for row in rows:
+        for row in self.rows(split, counts):
             if len(problems) == count:
                 break
-            problems.setdefault(row["question"], row["answer"])
+            if prompt_hash(row["question"]) in apart:
+                counts.drop("problem is in another split")
+            else:
+                problems.setdefault(row["question"], row["answer"])
         if not problems:
             raise DataError(f"verifier: no {split} problem in {self.section.data}")
         return problems
+
+    def _fingerprints(self, split: str) -> list[str]:
+        """Hashes of all data that decides the problems of a split."""
+        read = [(source, split) for source in self.sources(split)]
+        apart = self._kept_apart() if split == "train" else []
+        return [source.fingerprint(part) for source, part in (*read, *apart)]
 
     @cached_property
     def policy(self) -> ModernDecoderLM:
@@ -151,33 +175,68 @@ class VerifierStage(TrainedStage):
         assert self.parent is not None
         return load_policy(self.parent, self.device, self.config.model)
 
-    def _solutions(self, split: str) -> list[Solution]:
-        """Graded samples of the policy, topped up; kept in a file, so that they are drawn once."""
-        path = self.folder / f"samples-{split}.jsonl"
-        if not path.exists():
-            section, problems = self.section, self._problems(split)
-            if split == "train":
-                held_out = self._problems("validation")
-                problems = {q: a for q, a in problems.items() if q not in held_out}
-            log.info(
-                "verifier: sampling %d solutions to %d %s problems",
-                section.samples_per_problem, len(problems), split,
-            )  # fmt: skip
-            texts = sample_texts(
-                self.policy, self.tokenizer, list(problems), n_samples=section.samples_per_problem,
-                temperature=section.temperature, max_new_tokens=section.max_new_tokens,
-                seed=derive_seed(section.training.seed, "verifier", split),
-                precision=section.training.precision,
-            )  # fmt: skip
-            solutions = [
+    def _sample(self, split: str, counts: RowCounts) -> list[Solution]:
+        """Graded samples of the policy that fit into a row, topped up for training."""
+        section, problems = self.section, self._problems(split, counts)
+        log.info(
+            "verifier: sampling %d solutions to %d %s problems",
+            section.samples_per_problem, len(problems), split,
+        )  # fmt: skip
+        texts = sample_texts(
+            self.policy, self.tokenizer, list(problems), n_samples=section.samples_per_problem,
+            temperature=section.temperature, max_new_tokens=section.max_new_tokens,
+            seed=derive_seed(section.training.seed, "verifier", split),
+            precision=section.training.precision,
+        )  # fmt: skip
+        solutions = self._fitting(
+            [
                 {"question": q, "text": t, "label": int(grade(t, gold)), "origin": "sample"}
                 for (q, gold), group in zip(problems.items(), texts, strict=True)
                 for t in group
-            ]
-            if split == "train":
-                solutions = top_up(solutions, problems, config=section, seed=section.training.seed)
-            write_text(path, "".join(json.dumps(s) + "\n" for s in solutions), on_exists="skip")
+            ],
+            counts,
+        )
+        if split != "train":
+            return solutions
+        rows = [{"question": q, "text": text} for q, text in problems.items()]
+        worked = {s["question"]: s["text"] for s in self._fitting(rows, RowCounts())}
+        solutions = top_up(solutions, worked, config=section, seed=section.training.seed)
+        return self._fitting(solutions, counts)  # a corruption may be a little longer
+
+    def _fitting(self, solutions: list[Solution], counts: RowCounts) -> list[Solution]:
+        """Solutions with room in a row of ``training.seq_len``; the others are counted."""
+        texts = ((s["question"], s["text"]) for s in solutions)
+        rows = solution_ids(self.tokenizer, texts, max_tokens=self.section.training.seq_len)
+        kept = [s for s, row in zip(solutions, rows, strict=True) if row is not None]
+        for _ in range(len(solutions) - len(kept)):
+            counts.drop("too long")
+        return kept
+
+    def _solutions(self, split: str) -> list[Solution]:
+        """Solutions of a split; kept in a file, so that they are drawn once."""
+        path = self.folder / f"samples-{split}.jsonl"
+        record = path.with_suffix(".json")  # written last
+        if not record.exists():
+            counts = RowCounts(max_bad_rows=self.config.data.max_bad_rows)
+            lines = "".join(json.dumps(s) + "\n" for s in self._sample(split, counts))
+            write_text(path, lines, on_exists="replace")
+            facts = {"sources": self._fingerprints(split), "dropped": counts.dropped}
+            write_json(record, facts, on_exists="skip")
         return [json.loads(line) for line in path.read_text().splitlines()]
+
+    def _facts(self, split: str) -> dict[str, Any]:
+        """Fingerprints of the problems of a split, and counts of what was dropped."""
+        facts: dict[str, Any] = json.loads((self.folder / f"samples-{split}.json").read_text())
+        return facts
+
+    def _check_problems(self, split: str) -> None:
+        """Refuse solutions to problems that are not those of the data any more."""
+        if self._facts(split)["sources"] == self._fingerprints(split):
+            return
+        told = f"the problems changed since {self.folder / f'samples-{split}.jsonl'} was sampled"
+        if not self.allow_data_change:
+            raise DataError(f"{told}; start a new run, or allow it with --allow-data-change")
+        log.warning("%s; going on with these samples, as asked", told)
 
     def _store(self, split: str) -> TokenStore:
         solutions = self._solutions(split)
@@ -227,7 +286,7 @@ class VerifierStage(TrainedStage):
                     "kind": "solutions",
                     "rows": len(store),
                     "tokens": store.n_tokens,
-                    "dropped": store.counts.dropped,
+                    "dropped": self._facts(split)["dropped"],
                     "fingerprint": store.fingerprint,
                 }
             )
@@ -245,8 +304,15 @@ class VerifierStage(TrainedStage):
         return model.to(self.device)
 
     def audit(self) -> dict[str, Any]:
-        """Share of right solutions, in all and among the policy's own samples."""
+        """Share of right solutions, in all and among the policy's own samples.
+
+        Raises:
+            DataError: there is one class alone, or the problems are not those that were sampled.
+        """
         solutions = self._solutions("train")
+        self._solutions("validation")
+        for split in ("train", "validation"):
+            self._check_problems(split)
         labels = [s["label"] for s in solutions]
         own = [s["label"] for s in solutions if s["origin"] == "sample"]
         if len(set(labels)) < 2:
@@ -267,13 +333,16 @@ class VerifierStage(TrainedStage):
             model, self.tokenizer, [(s["question"], s["text"]) for s in solutions],
             batch_size=self.section.training.micro_batch_size,
             precision=self.section.training.precision,
+            max_tokens=self.section.training.seq_len,
         )  # fmt: skip
         right = [s["label"] == 1 for s in solutions]
-        number = {question: i for i, question in enumerate(self._problems("validation"))}
+        number = {q: i for i, q in enumerate(dict.fromkeys(s["question"] for s in solutions))}
         problems = [number[s["question"]] for s in solutions]
         key = "solutions.validation"
+        interval = share_interval(np.bincount(problems, right), np.bincount(problems))
+        note = "right samples; bootstrap over problems"
         return [
-            Score(key, "base_rate", float(np.mean(right)), None, len(right), "right samples"),
+            Score(key, "base_rate", float(np.mean(right)), interval, len(right), note),
             auroc_score(scores, right, problems, key=key),
             auroc_within_score(scores, right, problems, key=key),
             ece_score(scores, right, problems, key=key),
@@ -287,23 +356,31 @@ def score_solutions(
     *,
     batch_size: int,
     precision: str,
+    max_tokens: int | None = None,
 ) -> list[float]:
     """Verifier's score in (0, 1) of each ``(question, solution)``.
 
-    Rows are sorted by length and padded on the right, which a score does not see. A question that
-    leaves no room for its solution is cut from its start.
+    Rows are sorted by length and padded on the right, which a score does not see.
+
+    Args:
+        model: in eval mode.
+        tokenizer: the policy's.
+        solutions: as for `solution_ids`; one that does not fit cannot be judged and scores 0.
+        batch_size: rows of one forward pass.
+        precision: of the forward pass.
+        max_tokens: of question and solution together; default: the model's context.
     """
-    limit = model.config.max_seq_len
-    prompts = prompts_ids(tokenizer, [question for question, _ in solutions])
-    rows, answers = [], []  # ids, and which of them are the solution's
-    for prompt, (_, text) in zip(prompts, solutions, strict=True):
-        answer = answer_ids(tokenizer, text)
-        question = truncate_prompt(prompt, limit - len(answer))
-        rows.append(torch.tensor([*question, *answer]))
-        answers.append(torch.arange(len(rows[-1])) >= len(question))
+    limit = max_tokens or model.config.max_seq_len
+    rows: dict[int, Tensor] = {}
+    answers: dict[int, Tensor] = {}  # which ids are the solution's
+    for i, row in enumerate(solution_ids(tokenizer, solutions, max_tokens=limit)):
+        if row is not None:
+            question, answer = row
+            rows[i] = torch.tensor([*question, *answer])
+            answers[i] = torch.arange(len(rows[i])) >= len(question)
     device = next(model.parameters()).device
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    scores = [0.0] * len(rows)
+    order = sorted(rows, key=lambda i: len(rows[i]))
+    scores = [0.0] * len(solutions)
     with torch.inference_mode(), autocast(device, precision):
         starts = range(0, len(order), batch_size)
         for start in counted(starts, "scoring solutions, batches", len(starts)):

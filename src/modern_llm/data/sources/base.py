@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from modern_llm.data.corruption import has_final_number
 from modern_llm.errors import DataError
 from modern_llm.registry import Registry
 
@@ -31,7 +32,6 @@ class RowCounts:
     kept: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
     max_bad_rows: int = 100
-    bad: int = 0
 
     def drop(self, reason: str) -> None:
         """Count a row that a rule leaves out."""
@@ -44,11 +44,17 @@ class RowCounts:
             DataError: there are more than ``max_bad_rows``; names this one.
         """
         self.drop("malformed")
-        self.bad += 1
-        if self.bad > self.max_bad_rows:
+        self.check(f"{where}: {reason}; ")
+
+    def check(self, where: str) -> None:
+        """Refuse more malformed rows than the limit.
+
+        Raises:
+            DataError: begins with ``where``.
+        """
+        if (bad := self.dropped.get("malformed", 0)) > self.max_bad_rows:
             raise DataError(
-                f"{where}: {reason}; {self.bad} malformed rows are more than "
-                f"data.max_bad_rows={self.max_bad_rows}"
+                f"{where}{bad} malformed rows are more than data.max_bad_rows={self.max_bad_rows}"
             )
 
 
@@ -105,7 +111,9 @@ def check_split(split: str) -> str:
     return split
 
 
-def check_first_row(source: Source, split: str, *, where: str, max_bad_rows: int) -> None:
+def check_first_row(
+    source: Source, split: str, *, where: str, max_bad_rows: int, way_out: str = ""
+) -> None:
     """Refuse a split without a good row.
 
     Args:
@@ -113,6 +121,7 @@ def check_first_row(source: Source, split: str, *, where: str, max_bad_rows: int
         split: "train", "validation" or "test".
         where: the file or set, for the error.
         max_bad_rows: malformed rows that may come before.
+        way_out: what to do where there is none, for the error.
 
     Raises:
         DataError: there is no row, or too many before it are malformed.
@@ -120,7 +129,7 @@ def check_first_row(source: Source, split: str, *, where: str, max_bad_rows: int
     counts = RowCounts(max_bad_rows=max_bad_rows)
     if next(source.rows(split, counts), None) is None:
         reasons = "".join(f", {n} {why}" for why, n in sorted(counts.dropped.items()))
-        raise DataError(f"{where}: no row for the {split} split{reasons}")
+        raise DataError(f"{where}: no row for the {split} split{reasons}{way_out}")
 
 
 def hashed_split(key: str, shares: Mapping[str, float]) -> str:
@@ -158,6 +167,7 @@ def checked_row(kind: str, row: dict[str, Any]) -> dict[str, Any]:
 
     Raises:
         DropRow: a rule leaves the row out.
+        Malformed: a problem's answer does not say its result.
     """
     if kind == "text":
         if not row["text"].strip():
@@ -173,4 +183,6 @@ def checked_row(kind: str, row: dict[str, Any]) -> dict[str, Any]:
     prompt = row["question"] if kind == "problems" else row["prompt"]
     if isinstance(prompt, str) and not prompt.strip():
         raise DropRow("empty prompt")
+    if kind == "problems" and not has_final_number(row["answer"]):
+        raise Malformed("field 'answer' has no line '#### number'")
     return row

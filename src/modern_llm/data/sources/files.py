@@ -26,8 +26,10 @@ from modern_llm.errors import ConfigError, DataError
 from modern_llm.runtime.artifacts import sha256_json
 
 Located = tuple[str, Any]  # "file:line" and the raw row
-PIECE_CHARS = 1 << 16  # of a long text; cut at the next empty line, at four times that anywhere
-MAX_LINE_CHARS = 1 << 18
+FORMAT = 2  # raised when the same file gives other rows
+PIECE_CHARS = 1 << 18  # of a long text at most; cut at an empty line from a quarter of that on
+MIN_PIECE_CHARS = 1 << 8
+PIECES = 200  # at least of a text that is split by hash, so that each split has some
 
 
 def json_lines(path: Path, counts: RowCounts) -> Iterator[Located]:
@@ -39,7 +41,7 @@ def json_lines(path: Path, counts: RowCounts) -> Iterator[Located]:
             where = f"{path}:{number}"
             try:
                 yield where, json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 counts.malformed(f"not JSON: {error}", where)
 
 
@@ -52,7 +54,7 @@ def json_list(path: Path, counts: RowCounts) -> Iterator[Located]:
     with open_text(path) as file:
         try:
             rows = json.load(file)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path}: not JSON: {error}") from None
     if not isinstance(rows, list):
         raise DataError(f"{path}: holds one {type(rows).__name__}, not a list of rows")
@@ -95,19 +97,25 @@ def read_rows(path: Path, counts: RowCounts) -> Iterator[Located]:
     return READERS[suffix](path, counts)
 
 
-def text_pieces(path: Path, separator: str | None = None) -> Iterator[str]:
+def text_pieces(path: Path, separator: str | None = None, *, pieces: int = 0) -> Iterator[str]:
     """A text in pieces, in bounded memory; joined, and with the separators, they are the file.
 
     Args:
         path: UTF-8 text, gzipped or not.
         separator: a line that ends a document, and is left out; a document is cut only when it is
-            very long. ``None``: pieces end at an empty line after `PIECE_CHARS` characters.
+            very long. ``None``: a piece has at most `PIECE_CHARS` characters and ends at an empty
+            line if there is one in the last three quarters of that.
+        pieces: wanted at least, without a separator; those of a small file are shorter then, down
+            to `MIN_PIECE_CHARS`.
     """
-    least, most = (PIECE_CHARS, 4 * PIECE_CHARS) if separator is None else (0, 64 * PIECE_CHARS)
+    most = PIECE_CHARS if separator is None else 16 * PIECE_CHARS
+    if separator is None and pieces:
+        most = min(most, max(path.stat().st_size // pieces, MIN_PIECE_CHARS))
+    least = most // 4 if separator is None else 0
     lines: list[str] = []
     size = 0
     with open_text(path) as file:
-        while line := file.readline(MAX_LINE_CHARS):
+        while line := file.readline(min(PIECE_CHARS, most)):
             ends = line.strip() == (separator or "") and (separator is not None or size >= least)
             if not (ends and separator is not None):
                 lines.append(line)
@@ -146,6 +154,8 @@ def row_key(kind: str, row: Mapping[str, Any]) -> str:
 class _PathSource(Source):
     """Files named in the config: one for training, others for what is held out, or a hash split."""
 
+    way_out = "give more rows, or name a file of its own as "
+
     def __init__(
         self,
         data: DataConfig,
@@ -183,12 +193,15 @@ class _PathSource(Source):
     def fingerprint(self, split: str = "train") -> str:
         """Hash of the file's content, the options and how splits are cut."""
         content = content_hash(self._path(check_split(split)), self.data)
-        return sha256_json(["file", self.kind, content, split, self.shares, self.options])
+        return sha256_json(["file", FORMAT, self.kind, content, split, self.shares, self.options])
 
     def check(self, split: str) -> None:
         """See `Source`."""
         path = self._path(check_split(split))
-        check_first_row(self, split, where=str(path), max_bad_rows=self.data.max_bad_rows)
+        limit, way_out = self.data.max_bad_rows, ""
+        if split in self.shares:
+            way_out = f": it is cut from this file by hash; {self.way_out}{split}_path"
+        check_first_row(self, split, where=str(path), max_bad_rows=limit, way_out=way_out)
 
     def _path(self, split: str) -> Path:
         path = self.paths.get(split, self.paths["train"])
@@ -264,8 +277,11 @@ class TextSource(_PathSource):
         validation_path: text of the validation split.
         test_path: text of the test split.
         separator: a line that ends a document, such as ``<|endoftext|>``; without it a document is
-            a piece of about 64 K characters that ends at an empty line.
+            a piece of 64 K to 256 K characters that ends at an empty line where there is one, or
+            about 1/200 of the text if that is less and held-out pieces are cut from it.
     """
+
+    way_out = "give a longer text, name a separator of documents, or a file of its own as "
 
     def __init__(
         self,
@@ -281,5 +297,6 @@ class TextSource(_PathSource):
         super().__init__(data, "text", "text", paths, {"separator": separator})
 
     def _raw(self, path: Path, counts: RowCounts) -> Iterator[Located]:
-        for number, text in enumerate(text_pieces(path, self.separator), start=1):
+        pieces = PIECES if self.shares else 0
+        for number, text in enumerate(text_pieces(path, self.separator, pieces=pieces), start=1):
             yield f"{path}: piece {number}", {"text": text}

@@ -1,6 +1,5 @@
 """Figures of the evaluation: scores side by side, best of n, calibration of the verifier."""
 
-import math
 from typing import Any
 
 from modern_llm.reporting.measures import column, measure_of
@@ -124,14 +123,6 @@ def best_of_n(reasoning: Reasoning) -> bytes | None:
     return render(draw, 7.6, 3.8)
 
 
-def wilson(share: float, n: int) -> tuple[float, float]:
-    """95 % interval of a share of ``n`` (Wilson 1927); never empty, also at 0 and 1."""
-    z = 1.959964
-    middle = share + z * z / (2 * n)
-    spread = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return (middle - spread) / (1 + z * z / n), (middle + spread) / (1 + z * z / n)
-
-
 def calibration(reasoning: Reasoning) -> bytes | None:
     """Reliability diagram of the verifier above the histogram of its scores."""
     bins = reasoning.bins
@@ -143,14 +134,15 @@ def calibration(reasoning: Reasoning) -> bytes | None:
         above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
         above.plot([0, 1], [0, 1], color="#999999", ls="--", lw=1, label="perfectly calibrated")
         for b in bins:
-            above.plot([b.mean_score] * 2, wilson(b.accuracy, b.n), color=colour, lw=1, alpha=0.6)
+            if b.ci95:
+                above.plot([b.mean_score] * 2, b.ci95, color=colour, lw=1, alpha=0.6)
         above.plot(
             [b.mean_score for b in bins],
             [b.accuracy for b in bins],
             "o-",
             color=colour,
             lw=1.4,
-            label="verifier, 95 % bars",
+            label="verifier, 95 % bars over problems",
         )
         if reasoning.base_rate is not None:
             above.axhline(
