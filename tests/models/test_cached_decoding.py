@@ -20,12 +20,14 @@ KINDS = {
     "linear": {"attention": "linear"},
     "window+both sinks": {"attention": "window", "window": 4, "n_sinks": 1, "sink": "learned"},
 }
+LINEAR = {(position, "auto") for position in POSITIONS if position != "alibi"}
 COMBINATIONS = [
     combination
     for combination in itertools.product(
         POSITIONS, KINDS, KERNELS, [1, 4], ["rmsnorm"], ["swiglu"], [None]
     )
-    if combination[1:3] != ("capped logits", "sdpa")  # refused
+    if combination[1:3] != ("capped logits", "sdpa")  # refused, like the next
+    and (combination[1] != "linear" or (combination[0], combination[2]) in LINEAR)
 ] + [
     *itertools.product(["rope"], ["full"], ["sdpa"], [2], NORMS, FFNS, [None, {"n_experts": 4}]),
 ]

@@ -46,6 +46,11 @@ class ModernDecoderLM(WeightsMixin):
         dims = Dims.of(config)
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.position: PositionEncoding = POSITIONS.build(config.position, dims)
+        if config.attention == "linear" and self.position.has_bias:
+            raise ConfigError(
+                f"attention=linear has no logits, which position encoding "
+                f"'{config.position.name}' adds to: use rope, learned, sinusoidal or none"
+            )
         self.blocks = nn.ModuleList(Block(config, dims, i) for i in range(config.n_layers))
         self.window = None if config.window is None else Window(config.window, config.n_sinks)
         pattern = config.window_pattern * config.n_layers

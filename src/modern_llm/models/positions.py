@@ -31,6 +31,11 @@ class PositionEncoding(nn.Module):
 
     relative = True
 
+    @property
+    def has_bias(self) -> bool:
+        """Whether it adds to the attention logits."""
+        return type(self).bias is not PositionEncoding.bias
+
     def embed(self, x_BTD: Tensor, pos_BT: Tensor) -> Tensor:
         """Token embeddings with the position added."""
         return x_BTD
