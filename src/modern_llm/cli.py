@@ -16,7 +16,8 @@ from pathlib import Path
 from modern_llm import __version__
 from modern_llm.config import STAGES, PipelineConfig, json_schema, list_presets, load_config
 from modern_llm.errors import ConfigError, ModernLLMError
-from modern_llm.runtime.artifacts import Policy
+from modern_llm.registry import load_plugin
+from modern_llm.runtime.artifacts import Policy, sha256_file
 from modern_llm.runtime.signals import stop_at_once
 
 EXIT_CODES = """exit codes:
@@ -58,8 +59,14 @@ def _config(args: argparse.Namespace) -> PipelineConfig:
         out: Path = args.output_dir
         own |= {"paths.output": out, "paths.report": out / "report"}
         own["paths.ledger"] = out / "ledger.jsonl"
+    if args.plugin:
+        own["plugins"] = {path.name: sha256_file(path) for path in args.plugin}
     flags = [f"{key}={json.dumps(v, default=str)}" for key, v in own.items() if v is not None]
-    return load_config(args.config, [*args.overrides, *flags])
+    config = load_config(args.config, [*args.overrides, *flags])
+    if config.plugins and not args.plugin:
+        names = " ".join(f"--plugin PATH/TO/{name}" for name in config.plugins)
+        raise ConfigError(f"{args.config} was made with components from elsewhere: give {names}")
+    return config
 
 
 def _add_place(parser: argparse.ArgumentParser) -> None:
@@ -306,6 +313,9 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Nam
 def _guarded(execute: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
     """Run a command; a user's mistake is one message and its exit code, a bug a traceback."""
     try:
+        for plugin in args.plugin:
+            added = ", ".join(load_plugin(plugin))
+            print(f"plugin {plugin}: {added}", file=sys.stderr)
         return execute(args)
     except ModernLLMError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -327,6 +337,10 @@ def script(command: str, argv: Sequence[str] | None = None, *, prog: str | None 
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     entry.arguments(parser)
+    parser.add_argument(
+        "--plugin", type=Path, action="append", default=[], metavar="FILE",
+        help="a Python file that registers components of your own (it is run)",
+    )  # fmt: skip
     argv = sys.argv[1:] if argv is None else argv
     parser.set_defaults(command=[command, *argv])
     # Threads that spin while they wait make small steps many times slower on a shared machine.

@@ -76,7 +76,7 @@ class ModelConfig(Schema):
     norm_eps: PositiveFloat = 1e-5
     position: Component = Component("rope")
     attention: Literal["full", "window", "linear"] = "full"
-    attention_backend: Literal["auto", "sdpa", "blocks", "manual", "flex"] = "auto"
+    attention_backend: str = "auto"  # how attention is computed
     softcap: PositiveFloat | None = None  # attention logits are kept below it, smoothly
     window: PositiveInt | None = None  # keys that a query sees, itself included
     window_pattern: str = Field("S", pattern="^[SL]+$")  # S: a layer with the window, L: without

@@ -186,6 +186,7 @@ class PipelineConfig(Schema):
     description: str = ""
     seed: NonNegativeInt = 0
     max_steps: PositiveInt | None = None  # caps each trained stage, for smoke runs
+    plugins: dict[str, str] = Field(default_factory=dict)  # file name -> sha256 of --plugin
     model: ModelConfig
     tokenizer: TokenizerConfig = TokenizerConfig()
     data: DataConfig = DataConfig()
