@@ -79,3 +79,29 @@ def test_what_makes_no_sense_is_refused(given: dict[str, Any], told: str) -> Non
     with pytest.raises(ValidationError) as caught:
         make(**given)
     assert told in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, "2L-6H-96D-RoPE-RMS-SwiGLU-PreNorm"),
+        (
+            {"norm": "layernorm", "position": "learned", "ffn": "standard", "n_kv_heads": 2},
+            "2L-6H2KV-96D-Learned-LN-GELU-PreNorm",
+        ),
+        (
+            {"attention": "window", "window": 8, "window_pattern": "SSSL", "qk_norm": True},
+            "2L-6H-96D-RoPE-RMS-SwiGLU-PreNorm-Window8SSSL-QKNorm",
+        ),
+        (
+            {"attention": "linear", "ffn": "moe", "norm_position": "post"},
+            "2L-6H-96D-RoPE-RMS-SwiGLUx8-PostNorm-Linear",
+        ),
+        (
+            {"norm": "mine", "sink": "learned", "softcap": 3.0, "position": "alibi"},
+            "2L-6H-96D-ALiBi-mine-SwiGLU-PreNorm-Sink-Cap",
+        ),
+    ],
+)
+def test_short_names(given: dict[str, Any], expected: str) -> None:
+    assert make(**given).short_name == expected

@@ -25,8 +25,13 @@ def presets_folder() -> Path:
 
 def list_presets() -> list[str]:
     """Names that ``--config`` takes beside paths."""
-    files = presets_folder().glob("*.json")
-    return sorted(f.stem for f in files if f.stem != "schema" and not f.stem.startswith("_"))
+    return sorted(_presets())
+
+
+def _presets() -> dict[str, Path]:
+    """Name -> file of each preset, those of architectures in a folder of their own."""
+    files = [f for pattern in ("*.json", "arch/*.json") for f in presets_folder().glob(pattern)]
+    return {f.stem: f for f in files if f.stem != "schema" and not f.stem.startswith("_")}
 
 
 def get_pipeline_preset(name: str) -> PipelineConfig:
@@ -67,14 +72,14 @@ def _locate(name: str, *, base: Path | None) -> Path:
             if path.is_file():
                 return path
         raise ConfigError(f"{name}: no such config file")
-    path = presets_folder() / f"{name}.json"
-    if "/" in name or not path.is_file():
+    preset = _presets().get(name)
+    if preset is None:
         presets = list_presets()
         raise ConfigError(
             f"unknown preset '{name}'{suggest(name, presets)} "
             f"(there are: {', '.join(presets)}; or give a path to a .json or .yaml file)"
         )
-    return path
+    return preset
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -1,8 +1,15 @@
 """Sizes and component choices of one decoder."""
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    WithJsonSchema,
+    model_validator,
+)
 
 from modern_llm.config.schema import Component, Schema, count_of
 
@@ -43,7 +50,28 @@ NAMES = {  # field -> what other projects call its choices -> what they are call
         "ff_moe": "moe",
     },
 }
+WIDTH_RULES = ("4x", "8/3", "equal_params", "equal_flops")
+WIDTH = {"anyOf": [{"type": "integer", "exclusiveMinimum": 0}, {"enum": list(WIDTH_RULES)}]}
 DEFAULT_EXPERTS = 8
+SHORT = {  # in `ModelConfig.short_name`; any other component is named in full
+    "rope": "RoPE",
+    "alibi": "ALiBi",
+    "learned": "Learned",
+    "sinusoidal": "Sinus",
+    "none": "NoPos",
+    "rmsnorm": "RMS",
+    "layernorm": "LN",
+    "layernorm_nobias": "LNnoBias",
+    "scalenorm": "Scale",
+    "swiglu": "SwiGLU",
+    "geglu": "GeGLU",
+    "relu2": "ReLU2",
+    "gelu": "GELU",
+    "gelu_tanh": "GELU",
+    "relu": "ReLU",
+    "leaky_relu": "LeakyReLU",
+    "silu": "SiLU",
+}
 
 
 class MoEConfig(Schema):
@@ -69,7 +97,9 @@ class ModelConfig(Schema):
     n_layers: PositiveInt
     n_heads: PositiveInt
     n_kv_heads: PositiveInt  # default: n_heads
-    d_ff: PositiveInt  # a width, or a rule (see `width_of`); default: 4x, of a gated one 8/3
+    d_ff: Annotated[
+        PositiveInt, WithJsonSchema(WIDTH)
+    ]  # a width, or a rule (see `width_of`); default: 4x, of a gated one 8/3
     max_seq_len: PositiveInt  # longest context in tokens
     norm: Component = Component("rmsnorm")
     norm_position: Literal["pre", "post"] = "pre"
@@ -155,6 +185,32 @@ class ModelConfig(Schema):
         return [name for name in names if getattr(self, name) != fields[name].default]
 
     @property
+    def short_name(self) -> str:
+        """Sizes and components in one word, such as ``6L-6H-384D-RoPE-RMS-SwiGLU-PreNorm``."""
+        heads = (
+            f"{self.n_heads}H"
+            if self.n_kv_heads == self.n_heads
+            else (f"{self.n_heads}H{self.n_kv_heads}KV")
+        )
+        ffn = SHORT.get(self.ffn.name, self.ffn.name)
+        if self.ffn.name == "standard":
+            ffn = SHORT.get(self.activation, self.activation)
+        parts = [
+            f"{self.n_layers}L-{heads}-{self.d_model}D",
+            SHORT.get(self.position.name, self.position.name),
+            SHORT.get(self.norm.name, self.norm.name),
+            ffn if self.moe is None else f"{ffn}x{self.moe.n_experts}",
+            "PreNorm" if self.norm_position == "pre" else "PostNorm",
+        ]
+        if self.attention == "window":
+            pattern = self.window_pattern if "L" in self.window_pattern else ""
+            parts.append(f"Window{self.window}{pattern}")
+        if self.attention == "linear":
+            parts.append("Linear")
+        flags = (("QKNorm", self.qk_norm), ("Sink", self.sink != "none"), ("Cap", self.softcap))
+        return "-".join([*parts, *(name for name, on in flags if on)])
+
+    @property
     def head_size(self) -> int:
         """Width of one attention head."""
         return self.d_model // self.n_heads
@@ -183,9 +239,7 @@ def width_of(rule: str, d_model: int, ffn: str, moe: Any = None) -> int:
         return -(-8 * d_model // 96) * 32
     counts = {"equal_params": ("n_experts", DEFAULT_EXPERTS), "equal_flops": ("top_k", 2)}
     if rule not in counts:
-        raise ValueError(
-            f"d_ff='{rule}' is neither a width nor a rule (4x, 8/3, equal_params, equal_flops)"
-        )
+        raise ValueError(f"d_ff='{rule}' is neither a width nor a rule ({', '.join(WIDTH_RULES)})")
     field, default = counts[rule]
     experts = 1
     if moe is not None:
