@@ -48,6 +48,7 @@ class TrainingConfig(Schema):
     save_every: NonNegativeInt = 0  # steps; 0: at the end only
     sample_every: NonNegativeInt = 0  # steps; 0: never
     keep_last: PositiveInt = 2  # checkpoints kept beside the best of those saved
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()  # beside metrics.jsonl
 
     @model_validator(mode="before")
     @classmethod
