@@ -127,7 +127,7 @@ NEUTRAL = {  # names, places and logging change no number
     *(
         f"{s}.training.{k}"
         for s in TRAINED_STAGES
-        for k in ("log_every", "save_every", "keep_last")
+        for k in ("log_every", "grad_log_every", "save_every", "keep_last", "trackers")
     ),
 }
 

@@ -136,7 +136,16 @@ def _read_with_parents(path: Path, *, seen: tuple[Path, ...]) -> dict[str, Any]:
     if parent_name is None:
         return own
     parent = _read_with_parents(_locate(str(parent_name), base=path), seen=(*seen, path))
+    if isinstance(own.get("model"), dict) and "ffn" in own["model"]:
+        _forget_activation(parent, own["model"]["ffn"])
     return merge(parent, own)
+
+
+def _forget_activation(below: dict[str, Any], ffn: Any) -> None:
+    """A feed-forward that is named anew does not inherit the activation of the one below."""
+    model = below.get("model")
+    if isinstance(model, dict) and (isinstance(ffn, str) or "name" in ffn):
+        below["model"] = {key: value for key, value in model.items() if key != "activation"}
 
 
 def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -174,6 +183,8 @@ def _override(raw: dict[str, Any], item: str) -> str | None:
         value = json.loads(text)
     except json.JSONDecodeError:
         value = {"True": True, "False": False, "None": None}.get(text, text)
+    if keys == ["model", "ffn"] and isinstance(value, str | dict):
+        _forget_activation(raw, value)
     if keys[0] == "training" and len(keys) > 1:  # for every stage, so the stages' own give way
         for stage in TRAINED_STAGES:
             section = raw.get(stage)

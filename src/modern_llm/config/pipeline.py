@@ -307,7 +307,7 @@ class PipelineConfig(Schema):
         for key in ("root", "cache_dir"):
             value["data"].pop(key)
         for stage in TRAINED_STAGES:
-            for key in ("log_every", "save_every", "keep_last", "trackers"):
+            for key in ("log_every", "grad_log_every", "save_every", "keep_last", "trackers"):
                 value[stage]["training"].pop(key)
         return sha256_json(value)
 
