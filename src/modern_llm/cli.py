@@ -328,9 +328,6 @@ COMMANDS = {
 def _guarded(execute: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
     """Run a command; a user's mistake is one message and its exit code, a bug a traceback."""
     try:
-        for plugin in args.plugin:
-            added = ", ".join(load_plugin(plugin))
-            print(f"plugin {plugin}: {added}", file=sys.stderr)
         return execute(args)
     except ModernLLMError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -344,8 +341,8 @@ def _guarded(execute: Callable[[argparse.Namespace], int], args: argparse.Namesp
         return 0
 
 
-def script(command: str, argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
-    """Run one command as a script of its own."""
+def parser_of(command: str, *, prog: str | None = None) -> argparse.ArgumentParser:
+    """Parser of one command's flags."""
     entry = COMMANDS[command]
     parser = argparse.ArgumentParser(
         prog=prog, description=entry.summary, epilog=EXIT_CODES,
@@ -356,15 +353,26 @@ def script(command: str, argv: Sequence[str] | None = None, *, prog: str | None 
         "--plugin", type=Path, action="append", default=[], metavar="FILE",
         help="a Python file that registers components of your own (it is run)",
     )  # fmt: skip
+    return parser
+
+
+def script(command: str, argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
+    """Run one command as a script of its own."""
+    entry, parser = COMMANDS[command], parser_of(command, prog=prog)
     argv = sys.argv[1:] if argv is None else argv
-    parser.set_defaults(command=[command, *argv])
-    # Threads that spin while they wait make small steps many times slower on a shared machine.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is imported
     args, flags = parser.parse_known_intermixed_args(argv)
     if flags and not entry.takes_flags:
         parser.error(f"unrecognized arguments: {' '.join(flags)}")
-    args.flags = flags
-    return _guarded(entry.execute, args)
+    args.flags, args.command = flags, [command, *argv]
+    # Threads that spin while they wait make small steps many times slower on a shared machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is imported
+
+    def execute(args: argparse.Namespace) -> int:
+        for plugin in args.plugin:
+            print(f"plugin {plugin}: {', '.join(load_plugin(plugin))}", file=sys.stderr)
+        return entry.execute(args)
+
+    return _guarded(execute, args)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
