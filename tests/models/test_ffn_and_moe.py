@@ -1,4 +1,6 @@
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -30,28 +32,22 @@ def layer(**changes: object) -> MoE:
     return moe
 
 
-def test_swiglu_is_its_formula() -> None:
-    ffn = FFNS.build("swiglu", DIMS, "relu")
+@pytest.mark.parametrize(
+    ("name", "nonlinearity"),
+    [
+        ("swiglu", lambda g: g * torch.sigmoid(g)),
+        ("geglu", lambda g: 0.5 * g * (1 + torch.erf(g / math.sqrt(2)))),
+    ],
+)
+def test_gated_ones_are_their_formula(name: str, nonlinearity: Callable[..., Any]) -> None:
+    ffn = FFNS.build(name, DIMS, "relu")
     for parameter in ffn.parameters():
         parameter.data.normal_()
     x = torch.randn(3, 8)
     gate, up = ffn.gate_up.weight.chunk(2)
     gate_bias, up_bias = ffn.gate_up.bias.chunk(2)
-    g = x @ gate.T + gate_bias
-    expected = (g * torch.sigmoid(g) * (x @ up.T + up_bias)) @ ffn.down.weight.T + ffn.down.bias
-    torch.testing.assert_close(ffn(x), expected, rtol=1e-5, atol=1e-5)
-
-
-def test_geglu_is_its_formula() -> None:
-    ffn = FFNS.build("geglu", DIMS, "relu")
-    for parameter in ffn.parameters():
-        parameter.data.normal_()
-    x = torch.randn(3, 8)
-    gate, up = ffn.gate_up.weight.chunk(2)
-    gate_bias, up_bias = ffn.gate_up.bias.chunk(2)
-    g = x @ gate.T + gate_bias
-    g = 0.5 * g * (1 + torch.erf(g / math.sqrt(2)))
-    expected = (g * (x @ up.T + up_bias)) @ ffn.down.weight.T + ffn.down.bias
+    hidden = nonlinearity(x @ gate.T + gate_bias) * (x @ up.T + up_bias)
+    expected = hidden @ ffn.down.weight.T + ffn.down.bias
     torch.testing.assert_close(ffn(x), expected, rtol=1e-5, atol=1e-5)
 
 

@@ -47,6 +47,17 @@ def llama_ends(state: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
+def llama_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    weights = llama_ends(state)
+    for i in range(3):
+        weights |= llama_block(state, i)
+        mlp = f"model.layers.{i}.mlp."
+        gate_up = [state[f"{mlp}{n}_proj.weight"] for n in ("gate", "up")]
+        weights[f"blocks.{i}.ffn.gate_up.weight"] = torch.cat(gate_up)
+        weights[f"blocks.{i}.ffn.down.weight"] = state[f"{mlp}down_proj.weight"]
+    return weights
+
+
 SIZES = dict(vocab_size=61, d_model=48, n_layers=3, n_heads=6, n_kv_heads=2, d_ff=80)
 LLAMA = dict(
     vocab_size=61,
@@ -68,14 +79,7 @@ def test_llama(backend: str, theta: float) -> None:
     theirs = randomise(
         transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA, rope_parameters=rope))
     )
-    state = theirs.state_dict()
-    weights = llama_ends(state)
-    for i in range(3):
-        weights |= llama_block(state, i)
-        mlp = f"model.layers.{i}.mlp."
-        gate_up = [state[f"{mlp}{n}_proj.weight"] for n in ("gate", "up")]
-        weights[f"blocks.{i}.ffn.gate_up.weight"] = torch.cat(gate_up)
-        weights[f"blocks.{i}.ffn.down.weight"] = state[f"{mlp}down_proj.weight"]
+    weights = llama_weights(theirs.state_dict())
     config = ModelConfig(
         **SIZES,
         max_seq_len=32,
@@ -167,14 +171,7 @@ def test_mistral() -> None:
             )
         )
     )
-    state = theirs.state_dict()
-    weights = llama_ends(state)
-    for i in range(3):
-        weights |= llama_block(state, i)
-        mlp = f"model.layers.{i}.mlp."
-        gate_up = [state[f"{mlp}{n}_proj.weight"] for n in ("gate", "up")]
-        weights[f"blocks.{i}.ffn.gate_up.weight"] = torch.cat(gate_up)
-        weights[f"blocks.{i}.ffn.down.weight"] = state[f"{mlp}down_proj.weight"]
+    weights = llama_weights(theirs.state_dict())
     config = ModelConfig(
         **SIZES,
         max_seq_len=32,
