@@ -27,7 +27,7 @@ fail() {
 
 preset_names() {
     local file name
-    for file in configs/*.json configs/*.yaml configs/*.yml; do
+    for file in configs/*.json configs/arch/*.json; do
         [ -f "$file" ] || continue
         name=$(basename "${file%.*}")
         case $name in schema | _*) ;; *) printf '%s\n' "$name" ;; esac
@@ -35,14 +35,14 @@ preset_names() {
 }
 
 describe() { # the first description in a config file, if any
-    sed -nE 's/^ *"?description"?: *"?([^"]*)"?,?$/\1/p' "configs/$1".* | head -n 1
+    sed -nE 's/^ *"?description"?: *"?([^"]*)"?,?$/\1/p' configs/"$1".json configs/arch/"$1".json 2>/dev/null | head -n 1
 }
 
 usage() {
     printf 'usage: bash speedrun.sh PRESET [section.field=value ...]\n'
     printf '       bash speedrun.sh test [pytest options]\n'
     printf '       bash speedrun.sh setup\n\npresets (configs/, or a path to a .json or .yaml):\n'
-    preset_names | while read -r name; do printf '  %-12s %s\n' "$name" "$(describe "$name")"; done
+    preset_names | while read -r name; do printf '  %-13s %s\n' "$name" "$(describe "$name")"; done
 }
 
 is_new_enough() {

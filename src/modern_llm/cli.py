@@ -16,7 +16,8 @@ from pathlib import Path
 from modern_llm import __version__
 from modern_llm.config import STAGES, PipelineConfig, json_schema, list_presets, load_config
 from modern_llm.errors import ConfigError, ModernLLMError
-from modern_llm.runtime.artifacts import Policy
+from modern_llm.registry import load_plugin
+from modern_llm.runtime.artifacts import Policy, sha256_file
 from modern_llm.runtime.signals import stop_at_once
 
 EXIT_CODES = """exit codes:
@@ -26,11 +27,12 @@ EXIT_CODES = """exit codes:
   130 interrupted"""
 
 
-def _add_config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--config", default="local-smoke", metavar="NAME|PATH",
-        help=f"preset ({', '.join(list_presets())}) or a .json or .yaml file",
-    )  # fmt: skip
+def _add_config(parser: argparse.ArgumentParser, *, named: bool = True) -> None:
+    what = f"preset ({', '.join(list_presets())}) or a .json or .yaml file"
+    if named:
+        parser.add_argument("--config", default="local-smoke", metavar="NAME|PATH", help=what)
+    else:
+        parser.add_argument("config", metavar="CONFIG", help=what)
     parser.add_argument(
         "overrides", nargs="*", metavar="section.field=value",
         help="change any field of the config, such as training.lr=3e-4",
@@ -58,8 +60,14 @@ def _config(args: argparse.Namespace) -> PipelineConfig:
         out: Path = args.output_dir
         own |= {"paths.output": out, "paths.report": out / "report"}
         own["paths.ledger"] = out / "ledger.jsonl"
+    if args.plugin:
+        own["plugins"] = {path.name: sha256_file(path) for path in args.plugin}
     flags = [f"{key}={json.dumps(v, default=str)}" for key, v in own.items() if v is not None]
-    return load_config(args.config, [*args.overrides, *flags])
+    config = load_config(args.config, [*args.overrides, *flags])
+    if config.plugins and not args.plugin:
+        names = " ".join(f"--plugin PATH/TO/{name}" for name in config.plugins)
+        raise ConfigError(f"{args.config} was made with components from elsewhere: give {names}")
+    return config
 
 
 def _add_place(parser: argparse.ArgumentParser) -> None:
@@ -67,8 +75,8 @@ def _add_place(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run-name", help="name of what is written")
 
 
-def _run_arguments(parser: argparse.ArgumentParser) -> None:
-    _add_config(parser)
+def _run_arguments(parser: argparse.ArgumentParser, *, named: bool = True) -> None:
+    _add_config(parser, named=named)
     _add_place(parser)
     parser.add_argument("--max-steps", type=int, help="cap each trained stage (smoke runs)")
     parser.add_argument("--resume", action="store_true", help="go on with a run, or refuse")
@@ -110,6 +118,13 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _train(args: argparse.Namespace) -> int:
+    from modern_llm.experiments.train_flags import translate
+
+    args.overrides += translate(args.flags)
+    return _run(args)
+
+
 def _conclude(run: Path, config: PipelineConfig, *, changed: bool, on_exists: Policy) -> None:
     """Write report and ledger, unless the newest report tells all that there is; show both."""
     from modern_llm.reporting.console import print_summary
@@ -122,6 +137,11 @@ def _conclude(run: Path, config: PipelineConfig, *, changed: bool, on_exists: Po
     record_scores(run, config.paths.ledger)  # each once, also after a stop before this line
     print_summary(run)
     print(f"run:    {run}\nreport: {path or 'none'}")
+
+
+def _train_arguments(parser: argparse.ArgumentParser) -> None:
+    _run_arguments(parser, named=False)
+    parser.set_defaults(stage="pretrain")
 
 
 def _eval_arguments(parser: argparse.ArgumentParser) -> None:
@@ -279,11 +299,18 @@ class Command:
     summary: str
     arguments: Callable[[argparse.ArgumentParser], None]
     execute: Callable[[argparse.Namespace], int]
+    takes_flags: bool = False  # those of other projects: what the parser does not know is kept
 
 
 COMMANDS = {
     "run": Command("run one stage or all of them", _stage_arguments, _run),
     "speedrun": Command("run the whole pipeline, from nothing to the report", _run_arguments, _run),
+    "train": Command(
+        "pretrain alone, with the flags of other projects (--n_embd=384)",
+        _train_arguments,
+        _train,
+        takes_flags=True,
+    ),
     "eval": Command("evaluate the stages of a run, or one checkpoint", _eval_arguments, _run),
     "compare": Command("evaluate checkpoints side by side", _compare_arguments, _compare),
     "report": Command("rebuild the report of a run from its files", _report_arguments, _report),
@@ -296,11 +323,6 @@ COMMANDS = {
     "presets": Command("list the presets", _no_arguments, _presets),
     "schema": Command("print the JSON Schema of configs", _no_arguments, _schema),
 }
-
-
-def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
-    """Parse flags and overrides in any order."""
-    return parser.parse_intermixed_args(argv)
 
 
 def _guarded(execute: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
@@ -319,19 +341,38 @@ def _guarded(execute: Callable[[argparse.Namespace], int], args: argparse.Namesp
         return 0
 
 
-def script(command: str, argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
-    """Run one command as a script of its own."""
+def parser_of(command: str, *, prog: str | None = None) -> argparse.ArgumentParser:
+    """Parser of one command's flags."""
     entry = COMMANDS[command]
     parser = argparse.ArgumentParser(
         prog=prog, description=entry.summary, epilog=EXIT_CODES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
     )  # fmt: skip
     entry.arguments(parser)
+    parser.add_argument(
+        "--plugin", type=Path, action="append", default=[], metavar="FILE",
+        help="a Python file that registers components of your own (it is run)",
+    )  # fmt: skip
+    return parser
+
+
+def script(command: str, argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
+    """Run one command as a script of its own."""
+    entry, parser = COMMANDS[command], parser_of(command, prog=prog)
     argv = sys.argv[1:] if argv is None else argv
-    parser.set_defaults(command=[command, *argv])
+    args, flags = parser.parse_known_intermixed_args(argv)
+    if flags and not entry.takes_flags:
+        parser.error(f"unrecognized arguments: {' '.join(flags)}")
+    args.flags, args.command = flags, [command, *argv]
     # Threads that spin while they wait make small steps many times slower on a shared machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is imported
-    return _guarded(entry.execute, _parse(parser, argv))
+
+    def execute(args: argparse.Namespace) -> int:
+        for plugin in args.plugin:
+            print(f"plugin {plugin}: {', '.join(load_plugin(plugin))}", file=sys.stderr)
+        return entry.execute(args)
+
+    return _guarded(execute, args)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

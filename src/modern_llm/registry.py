@@ -5,7 +5,9 @@ keyword-only parameters are the user's options.
 """
 
 import difflib
+import importlib.util
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
@@ -23,6 +25,7 @@ from typing import (
 from modern_llm.errors import ConfigError
 
 C = TypeVar("C", bound=Callable[..., Any])
+_REGISTRIES: list["Registry"] = []  # all that were made, for `load_plugin` to look through
 
 
 class Named(Protocol):
@@ -79,6 +82,7 @@ class Registry(Mapping[str, Callable[..., Any]]):
         self.kind = kind
         self._entries: dict[str, Callable[..., Any]] = {}
         self._aliases: dict[str, str] = {}
+        _REGISTRIES.append(self)
 
     def register(self, name: str, *aliases: str) -> Callable[[C], C]:
         """Class decorator; a name or alias that is taken raises ``ValueError``."""
@@ -167,3 +171,39 @@ class Registry(Mapping[str, Callable[..., Any]]):
 
     def __len__(self) -> int:
         return len(self._entries)
+
+
+def load_plugin(path: Path) -> list[str]:
+    """Run a Python file that registers components, as if it were part of the package.
+
+    Returns:
+        What it registered, such as ``norm 'mine'``.
+
+    Raises:
+        ConfigError: no such file, it fails, it registers nothing, or a name that is taken.
+    """
+    if not path.is_file():
+        raise ConfigError(f"--plugin {path}: no such file")
+    name = f"modern_llm_plugin_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"--plugin {path}: is no Python file (its name must end in .py)")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and annotations look their module up there
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise ConfigError(f"--plugin {path}: {type(error).__name__}: {error}") from error
+    added = [
+        f"{registry.kind} '{entry}'"
+        for registry in _REGISTRIES
+        for entry, made in registry.items()
+        if made.__module__ == name
+    ]
+    if not added:
+        raise ConfigError(
+            f"--plugin {path}: registers nothing; decorate a class, such as "
+            "@NORMS.register('mine') of modern_llm.models.norms"
+        )
+    return added

@@ -111,7 +111,7 @@ def test_sizes_that_do_not_divide_are_told_together_with_sizes_that_do(told: Tol
 def test_windows_and_sinks_belong_together() -> None:
     assert "attention=window needs window=<tokens>" in problems(attention="window")
     for wrong in ({"window": 4}, {"n_sinks": 2}):
-        assert "window and n_sinks need attention=window" in problems(**wrong)
+        assert "window, n_sinks and window_pattern need attention=window" in problems(**wrong)
     assert ModelConfig(**SIZES, attention="window", window=4, n_sinks=2).n_sinks == 2
     told = problems(attention="window", window=13, n_sinks=4)
     assert "window + n_sinks = 17 exceeds max_seq_len=16" in told

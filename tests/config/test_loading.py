@@ -331,3 +331,18 @@ def test_the_resolved_config_loads_again_and_is_the_same(tmp_path: Path, small: 
         assert again.sha256() == config.sha256()
         assert again == config
         assert PipelineConfig.model_validate(config.model_dump(mode="json")) == config
+
+
+def test_a_feed_forward_named_anew_does_not_inherit_the_activation(tmp_path: Path) -> None:
+    below = tmp_path / "below.json"
+    model = {"ffn": "standard", "activation": "relu"}
+    below.write_text(json.dumps({"extends": "local-smoke", "model": model}))
+    assert load_config(below, ["model.ffn=swiglu"]).model.activation == "gelu"
+    assert load_config(below, ["model.ffn=standard"]).model.activation == "gelu"
+    both = load_config(below, ["model.ffn=standard", "model.activation=silu"])
+    assert both.model.activation == "silu"
+    above = tmp_path / "above.json"
+    above.write_text(json.dumps({"extends": "below.json", "model": {"ffn": "geglu"}}))
+    assert load_config(above).model.activation == "gelu"
+    with pytest.raises(ConfigError, match="no effect with ffn=swiglu"):
+        load_config(below, ["model.ffn=swiglu", "model.activation=relu"])

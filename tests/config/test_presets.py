@@ -127,7 +127,7 @@ NEUTRAL = {  # names, places and logging change no number
     *(
         f"{s}.training.{k}"
         for s in TRAINED_STAGES
-        for k in ("log_every", "save_every", "keep_last")
+        for k in ("log_every", "grad_log_every", "save_every", "keep_last", "trackers")
     ),
 }
 
@@ -201,3 +201,25 @@ def test_a_config_is_frozen() -> None:
     assert isinstance(config, PipelineConfig)
     with pytest.raises(ConfigError, match="unknown preset"):
         get_pipeline_preset("nothing")
+
+
+# --- architectures ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", ["", "-full"])
+def test_the_architectures_differ_where_they_say(size: str) -> None:
+    gpt2, llama = (get_pipeline_preset(f"{name}{size}").model for name in ("gpt2", "llama"))
+    assert (gpt2.position.name, gpt2.norm.name, gpt2.ffn.name) == (
+        "learned", "layernorm", "standard",
+    )  # fmt: skip
+    assert gpt2.d_ff == 4 * gpt2.d_model and gpt2.tie_embeddings and gpt2.bias
+    assert (llama.position.name, llama.norm.name, llama.ffn.name) == ("rope", "rmsnorm", "swiglu")
+    assert llama.d_ff * 3 == gpt2.d_ff * 2 and not llama.tie_embeddings
+    assert get_pipeline_preset(f"team{size}").model == llama
+    for name in ("hybrid", "custom"):
+        model = get_pipeline_preset(f"{name}{size}").model
+        assert (model.n_layers, model.d_model) == (gpt2.n_layers, gpt2.d_model)
+
+
+def test_the_full_gpt2_has_124_million_parameters() -> None:
+    assert parameters("gpt2-full") == pytest.approx(124.4e6, rel=0.001)

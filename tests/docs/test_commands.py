@@ -5,7 +5,6 @@ train are planned with ``--dry-run``; the flags of all are parsed. A command of 
 has thought of fails.
 """
 
-import argparse
 import io
 import json
 import re
@@ -18,14 +17,15 @@ from typing import Any
 import pytest
 
 from modern_llm import errors
-from modern_llm.cli import COMMANDS, main
+from modern_llm.cli import COMMANDS, main, parser_of
 from modern_llm.config import list_presets, load_config
 from modern_llm.data.sources.hub import HubSet
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 RUN = "experiments/runs/local-smoke"
-PLANNED = ("run", "speedrun", "plan", "eval")
+PLANNED = ("run", "speedrun", "train", "plan", "eval")
+PLUGINS = re.compile(r"<!-- file: (\w+\.py) -->\n```python\n(.*?)```", re.DOTALL)
 CHEAP = ("presets", "schema", "report", "verify", "generate", "chat", "--help")
 PARSED_ONLY = {
     "compare": "evaluates; tests/alignment runs it",
@@ -91,9 +91,8 @@ def test_flags_are_accepted(line: str) -> None:
     command, *rest = OURS[line]
     assert command in (*PLANNED, *CHEAP, *PARSED_ONLY)
     if command in COMMANDS:
-        parser = argparse.ArgumentParser()
-        COMMANDS[command].arguments(parser)
-        parser.parse_intermixed_args(rest)
+        _, unknown = parser_of(command).parse_known_intermixed_args(rest)
+        assert not unknown or COMMANDS[command].takes_flags
 
 
 @pytest.fixture
@@ -114,18 +113,28 @@ def test_what_trains_can_be_planned(
     line: str, place: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = OURS[line] if "--dry-run" in OURS[line] else [*OURS[line], "--dry-run"]
-    preset = argv[argv.index("--config") + 1]
+    preset = argv[1] if argv[0] == "train" else argv[argv.index("--config") + 1]
+    argv = [str(ROOT / word) if word.startswith("configs/") else word for word in argv]
+    for name, text in PLUGINS.findall((ROOT / "docs" / "adding_a_component.md").read_text()):
+        Path(name).write_text(text)
     if any(word.startswith(RUN) for word in argv):
         argv = [str(place.config) if word == preset else word for word in argv]
-    code = main([word for word in argv if word != "--dry-run" or argv[0] != "plan"])
-    told = capsys.readouterr()
-    assert "M parameters" in told.out, told.err
+    argv = [word for word in argv if word != "--dry-run" or argv[0] != "plan"]
+    if "--plugin" in argv:  # registers for the whole process, so it has one of its own
+        program = [sys.executable, "-m", "modern_llm", *argv]
+        done = subprocess.run(program, capture_output=True, text=True, timeout=60)
+        code, out, err = done.returncode, done.stdout, done.stderr
+    else:
+        code = main(argv)
+        out, err = capsys.readouterr()
+    assert "M parameters" in out, err
     if preset == "local-smoke":
-        assert code == 0, told.out
+        assert code == 0, out
     else:  # a GPU, or GPT-2's tokenizer, may not be here; the plan says so
         assert code in (0, 2, 3)
-        assert (code == 0) == ("ready: nothing stands in the way" in told.out)
-    assert sorted(p.name for p in Path.cwd().iterdir()) == ["experiments"], "a plan writes nothing"
+        assert (code == 0) == ("ready: nothing stands in the way" in out)
+    left = {p.name for p in Path.cwd().iterdir() if p.suffix != ".py"} - {"__pycache__"}
+    assert left == {"experiments"}, "a plan writes nothing"
 
 
 @pytest.mark.parametrize("line", [line for line, a in OURS.items() if a[0] in CHEAP])

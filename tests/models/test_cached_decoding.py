@@ -15,10 +15,20 @@ KINDS = {
     "window": {"attention": "window", "window": 3},
     "window+streaming sinks": {"attention": "window", "window": 3, "n_sinks": 2},
     "learned sink": {"sink": "learned"},
+    "window in some layers": {"attention": "window", "window": 3, "window_pattern": "SL"},
+    "capped logits": {"softcap": 2.0},
+    "linear": {"attention": "linear"},
     "window+both sinks": {"attention": "window", "window": 4, "n_sinks": 1, "sink": "learned"},
 }
+LINEAR = {(position, "auto") for position in POSITIONS if position != "alibi"}
 COMBINATIONS = [
-    *itertools.product(POSITIONS, KINDS, KERNELS, [1, 4], ["rmsnorm"], ["swiglu"], [None]),
+    combination
+    for combination in itertools.product(
+        POSITIONS, KINDS, KERNELS, [1, 4], ["rmsnorm"], ["swiglu"], [None]
+    )
+    if combination[1:3] != ("capped logits", "sdpa")  # refused, like the next
+    and (combination[1] != "linear" or (combination[0], combination[2]) in LINEAR)
+] + [
     *itertools.product(["rope"], ["full"], ["sdpa"], [2], NORMS, FFNS, [None, {"n_experts": 4}]),
 ]
 

@@ -21,6 +21,8 @@ VARIANTS = [
     {"qk_norm": True, "bias": True, "tie_embeddings": False},
     {"sink": "learned"},
     {"attention": "window", "window": 3, "n_sinks": 2},
+    {"attention": "window", "window": 3, "window_pattern": "SL"},
+    {"attention": "linear"},
     {"n_kv_heads": 4},
 ]
 
@@ -70,6 +72,8 @@ def test_first_loss_of_the_shape_that_is_trained(vocab_size: int, tied: bool) ->
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_backends_are_equal_in_values_and_gradients(variant: dict) -> None:
     results = []
+    if variant.get("attention") == "linear":
+        pytest.skip("linear attention has no kernels")
     for backend in ("sdpa", "manual"):
         model = make(**variant, attention_backend=backend, init_std=0.2)
         logits = model(tokens())
@@ -147,6 +151,14 @@ def test_refusals() -> None:
         make(position={"name": "rope", "base": 1.0})
     with pytest.raises(ConfigError, match="unknown activation"):
         make(ffn="standard", activation="tan")
+    with pytest.raises(ConfigError, match="'sdpa' has no softcap: use one of"):
+        make(softcap=5.0, attention_backend="sdpa")
+    with pytest.raises(ConfigError, match="'flex' has no dropout"):
+        make(dropout=0.1, attention_backend="flex")
+    with pytest.raises(ConfigError, match="attention=linear has no logits"):
+        make(attention="linear", position="alibi")
+    with pytest.raises(ConfigError, match="needs attention=window in all layers"):
+        make(attention="window", window=3, window_pattern="SL").new_streaming_cache()
     with pytest.raises(ConfigError, match="17 tokens exceed max_seq_len=16"):
         make()(tokens(1, 17))
 

@@ -1,11 +1,13 @@
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from modern_llm.config import Component, ModelConfig
-from modern_llm.models import FFNS, ModernDecoderLM
+from modern_llm.models import ACTIVATIONS, FFNS, ModernDecoderLM
 from modern_llm.models.dims import Dims
 from modern_llm.models.initialize import initialize
 from modern_llm.models.linear import GroupedLinear
@@ -30,16 +32,38 @@ def layer(**changes: object) -> MoE:
     return moe
 
 
-def test_swiglu_is_its_formula() -> None:
-    ffn = FFNS.build("swiglu", DIMS, "relu")
+@pytest.mark.parametrize(
+    ("name", "nonlinearity"),
+    [
+        ("swiglu", lambda g: g * torch.sigmoid(g)),
+        ("geglu", lambda g: 0.5 * g * (1 + torch.erf(g / math.sqrt(2)))),
+    ],
+)
+def test_gated_ones_are_their_formula(name: str, nonlinearity: Callable[..., Any]) -> None:
+    ffn = FFNS.build(name, DIMS, "relu")
     for parameter in ffn.parameters():
         parameter.data.normal_()
     x = torch.randn(3, 8)
     gate, up = ffn.gate_up.weight.chunk(2)
     gate_bias, up_bias = ffn.gate_up.bias.chunk(2)
-    g = x @ gate.T + gate_bias
-    expected = (g * torch.sigmoid(g) * (x @ up.T + up_bias)) @ ffn.down.weight.T + ffn.down.bias
+    hidden = nonlinearity(x @ gate.T + gate_bias) * (x @ up.T + up_bias)
+    expected = hidden @ ffn.down.weight.T + ffn.down.bias
     torch.testing.assert_close(ffn(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_relu2_is_its_formula() -> None:
+    ffn = FFNS.build("relu2", DIMS, "gelu")
+    for parameter in ffn.parameters():
+        parameter.data.normal_()
+    x = torch.randn(3, 8)
+    h = x @ ffn.up.weight.T + ffn.up.bias
+    h = torch.where(h > 0, h * h, torch.zeros_like(h))
+    torch.testing.assert_close(ffn(x), h @ ffn.down.weight.T + ffn.down.bias, rtol=1e-5, atol=1e-5)
+
+
+def test_leaky_relu_leaks_a_hundredth() -> None:
+    x = torch.tensor([-3.0, 0.0, 2.0])
+    torch.testing.assert_close(ACTIVATIONS["leaky_relu"](x), torch.tensor([-0.03, 0.0, 2.0]))
 
 
 def test_standard_is_its_formula() -> None:

@@ -5,11 +5,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from modern_llm.errors import ConfigError
 from modern_llm.models.kernels import KERNELS
 
 
 def reference_attention(
-    q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, bias_NTS: Tensor, sink_N: Tensor | None
+    q_BNTH: Tensor,
+    k_BKSH: Tensor,
+    v_BKSH: Tensor,
+    bias_NTS: Tensor,
+    sink_N: Tensor | None,
+    softcap: float = math.inf,
 ) -> Tensor:
     """exp(logit) / (exp(sink) + sum exp(logit)) v in float64, one row and one head at a time."""
     rows, heads = q_BNTH.shape[:2]
@@ -19,7 +25,10 @@ def reference_attention(
         q_TH, k_SH, v_SH = (
             x.double() for x in (q_BNTH[b, n], k_BKSH[b, n // group], v_BKSH[b, n // group])
         )
-        weight_TS = (q_TH @ k_SH.T / math.sqrt(q_TH.shape[-1]) + bias_NTS[n].double()).exp()
+        logit_TS = q_TH @ k_SH.T / math.sqrt(q_TH.shape[-1])
+        if softcap < math.inf:
+            logit_TS = softcap * (logit_TS / softcap).tanh()
+        weight_TS = (logit_TS + bias_NTS[n].double()).exp()
         total_T = weight_TS.sum(-1)
         if sink_N is not None:
             total_T = total_T + sink_N[n].double().exp()
@@ -59,9 +68,36 @@ def test_causal_matches_float64_reference(name: str, n_kv_heads: int, with_sink:
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
+CAPPING = sorted(name for name in KERNELS if "softcap" not in KERNELS[name].refuses)
+TRAINING = sorted(set(KERNELS) - {"flex"})  # on a CPU
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", CAPPING)
+def test_soft_cap_matches_float64_reference(name: str, dtype: torch.dtype, causal: bool) -> None:
+    q, k, v, bias, sink = inputs(2, n_keys=5)
+    if causal:
+        bias = torch.full((4, 5, 5), -math.inf).triu(1)
+    expected = reference_attention(4 * q, k, v, bias, sink, softcap=2.0)
+    actual = KERNELS.build(name)(
+        *(x.to(dtype) for x in (4 * q, k, v)), None if causal else bias.to(dtype),
+        is_causal=causal, sink_N=sink, softcap=2.0,
+    )  # fmt: skip
+    rtol, atol = (1e-5, 1e-6) if dtype is torch.float32 else (0.05, 0.05)
+    torch.testing.assert_close(actual.double(), expected, rtol=rtol, atol=atol)
+    assert (expected - reference_attention(4 * q, k, v, bias, sink)).abs().max() > 0.1
+
+
+def test_flex_refuses_to_train_on_a_cpu() -> None:
+    q, k, v, bias, _ = inputs(2)
+    with pytest.raises(ConfigError, match="no backward on a CPU"):
+        KERNELS.build("flex")(q.requires_grad_(), k, v, bias)
+
+
 @pytest.mark.parametrize("with_sink", [False, True])
 @pytest.mark.parametrize("n_kv_heads", [2, 4])
-@pytest.mark.parametrize("name", sorted(KERNELS))
+@pytest.mark.parametrize("name", TRAINING)
 def test_gradients_match_float64_reference(name: str, n_kv_heads: int, with_sink: bool) -> None:
     """For queries, keys, values and the sink; with no attention bias and with one."""
     q, k, v, bias, sink = inputs(n_kv_heads)
@@ -112,7 +148,7 @@ def test_sink_equals_gpt_oss() -> None:
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", sorted(KERNELS))
+@pytest.mark.parametrize("name", [n for n in TRAINING if "dropout" not in KERNELS[n].refuses])
 def test_dropout_keeps_the_expectation(name: str) -> None:
     torch.manual_seed(0)
     q, k, v, bias, _ = inputs(4)

@@ -42,7 +42,7 @@ def test_rope_logits_depend_on_the_distance_only() -> None:
 
 def test_rope_gradient_is_that_of_finite_differences() -> None:
     rope = RoPE(DIMS)
-    rope.cos_sin = rope.cos_sin.double()
+    rope.table = rope.table.double()
     x = torch.randn(1, 3, 2, 8, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(
         lambda x: rope.rotate(x, rope.prepare(torch.arange(3)[None])), x
@@ -54,7 +54,7 @@ def test_no_cast_reaches_rope_angles(cast) -> None:
     """A bfloat16 buffer cannot tell position 256 from 257 (transformers#29285)."""
     config = ModelConfig(vocab_size=11, d_model=24, n_layers=1, n_heads=3, max_seq_len=2048)
     model = ModernDecoderLM(config)
-    before = model.position.cos_sin.clone()
+    before = model.position.table.clone()
     assert (
         model.position.rotate(
             torch.zeros(1, 1, 1, 8), model.position.prepare(torch.zeros(1, 1, dtype=torch.long))
@@ -62,18 +62,18 @@ def test_no_cast_reaches_rope_angles(cast) -> None:
         is torch.float32
     )
     model = cast(model)
-    assert model.position.cos_sin.dtype is torch.float32
-    assert torch.equal(model.position.cos_sin, before)
-    assert not any("cos_sin" in name for name in model.state_dict())
+    assert model.position.table.dtype is torch.float32
+    assert torch.equal(model.position.table, before)
+    assert not any("table" in name for name in model.state_dict())
     assert not list(model.buffers())
 
 
 def test_rope_angles_follow_the_device() -> None:
     with torch.device("meta"):
         rope = RoPE(DIMS)
-    assert rope.cos_sin.is_meta
+    assert rope.table.is_meta
     rope.to_empty(device="cpu")
-    assert torch.equal(rope.cos_sin, RoPE(DIMS).cos_sin)
+    assert torch.equal(rope.table, RoPE(DIMS).table)
 
 
 def test_rope_refuses_odd_heads_and_bad_options() -> None:
@@ -81,6 +81,14 @@ def test_rope_refuses_odd_heads_and_bad_options() -> None:
         RoPE(Dims(9, 3, 3, 3, 9, 8))
     with pytest.raises(ConfigError, match="theta"):
         RoPE(DIMS, theta=0.0)
+    with pytest.raises(ConfigError, match=r"factor=1\.0 must be above 1"):
+        RoPE(DIMS, scaling="yarn")
+    with pytest.raises(ConfigError, match="options of scaling=yarn"):
+        RoPE(DIMS, scaling="linear", factor=2.0, beta_fast=16.0)
+    with pytest.raises(ConfigError, match="must be even"):
+        POSITIONS.build("sinusoidal", Dims(9, 3, 3, 3, 9, 8))
+    with pytest.raises(ConfigError, match="steepness"):
+        POSITIONS.build(Component("alibi", steepness=0.0), DIMS)
     with pytest.raises(ConfigError, match="did you mean 'theta'"):
         POSITIONS.check("rope", {"thetta": 1.0})
 
@@ -108,3 +116,56 @@ def test_order_matters(name: str) -> None:
     model = ModernDecoderLM(config).eval()
     a, b = model(torch.tensor([[1, 2, 3]])), model(torch.tensor([[2, 1, 3]]))
     assert (a[0, -1] - b[0, -1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("n_heads", [1, 4, 6, 12])
+def test_alibi_is_its_formula(n_heads: int) -> None:
+    dims = Dims(
+        d_model=8 * n_heads, n_heads=n_heads, n_kv_heads=1, head_size=8, d_ff=8, max_seq_len=32
+    )
+    pos_T, pos_S = (
+        torch.tensor([[3, 4], [9, 10]]),
+        torch.tensor([[0, 1, 2, 3, 4], [6, 7, 8, 9, 10]]),
+    )
+    bias = POSITIONS.build(Component("alibi"), dims).bias(pos_T, pos_S)
+    power = 2 ** math.floor(math.log2(n_heads))
+    for n in range(n_heads):
+        # Heads beyond the power of two below fill the gaps of the geometric sequence.
+        exponent = 8 * (n + 1) / power if n < power else 8 * (2 * (n - power) + 1) / (2 * power)
+        for b, t, s in torch.cartesian_prod(*map(torch.arange, (2, 2, 5))).tolist():
+            distance = (pos_T[b, t] - pos_S[b, s]).item()
+            assert bias[b, n, t, s].item() == pytest.approx(-(2**-exponent) * distance, abs=1e-6)
+
+
+def test_sinusoid_is_its_formula() -> None:
+    position = POSITIONS.build(Component("sinusoidal"), DIMS)
+    x = torch.randn(1, 2, 24, generator=torch.Generator().manual_seed(0))
+    out = position.embed(x, torch.tensor([[5, 31]]))
+    for t, pos in enumerate((5, 31)):
+        for i in range(12):
+            angle = pos / 10_000 ** (2 * i / 24)
+            for d, wave in ((2 * i, math.sin), (2 * i + 1, math.cos)):
+                expected = x[0, t, d].item() * math.sqrt(24) + wave(angle)
+                assert out[0, t, d].item() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("theta", [10_000.0, 500_000.0])
+@pytest.mark.parametrize("scaling", ["linear", "yarn"])
+def test_stretched_rope_equals_transformers(scaling: str, theta: float) -> None:
+    utils = pytest.importorskip("transformers.modeling_rope_utils")
+    config = pytest.importorskip("transformers").LlamaConfig(
+        hidden_size=64, num_attention_heads=1, max_position_embeddings=512,
+        rope_parameters={
+            "rope_type": scaling, "rope_theta": theta, "factor": 4.0,
+            "original_max_position_embeddings": 128,
+        },
+    )  # fmt: skip
+    frequency, sharper = utils.ROPE_INIT_FUNCTIONS[scaling](config, "cpu")
+    dims = Dims(d_model=64, n_heads=1, n_kv_heads=1, head_size=64, d_ff=8, max_seq_len=512)
+    cos, sin = RoPE(dims, theta=theta, scaling=scaling, factor=4.0).prepare(torch.tensor([[77]]))
+    torch.testing.assert_close(
+        cos[0, 0, 0, :32], (77 * frequency).cos() * sharper, rtol=0, atol=1e-5
+    )
+    torch.testing.assert_close(
+        sin[0, 0, 0, 32:], (77 * frequency).sin() * sharper, rtol=0, atol=1e-5
+    )

@@ -47,6 +47,17 @@ def llama_ends(state: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
+def llama_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    weights = llama_ends(state)
+    for i in range(3):
+        weights |= llama_block(state, i)
+        mlp = f"model.layers.{i}.mlp."
+        gate_up = [state[f"{mlp}{n}_proj.weight"] for n in ("gate", "up")]
+        weights[f"blocks.{i}.ffn.gate_up.weight"] = torch.cat(gate_up)
+        weights[f"blocks.{i}.ffn.down.weight"] = state[f"{mlp}down_proj.weight"]
+    return weights
+
+
 SIZES = dict(vocab_size=61, d_model=48, n_layers=3, n_heads=6, n_kv_heads=2, d_ff=80)
 LLAMA = dict(
     vocab_size=61,
@@ -68,14 +79,7 @@ def test_llama(backend: str, theta: float) -> None:
     theirs = randomise(
         transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA, rope_parameters=rope))
     )
-    state = theirs.state_dict()
-    weights = llama_ends(state)
-    for i in range(3):
-        weights |= llama_block(state, i)
-        mlp = f"model.layers.{i}.mlp."
-        gate_up = [state[f"{mlp}{n}_proj.weight"] for n in ("gate", "up")]
-        weights[f"blocks.{i}.ffn.gate_up.weight"] = torch.cat(gate_up)
-        weights[f"blocks.{i}.ffn.down.weight"] = state[f"{mlp}down_proj.weight"]
+    weights = llama_weights(theirs.state_dict())
     config = ModelConfig(
         **SIZES,
         max_seq_len=32,
@@ -154,5 +158,80 @@ def test_gpt2(backend: str) -> None:
         activation="gelu_tanh",
         bias=True,
         attention_backend=backend,
+    )
+    compare(ModernDecoderLM(config), weights, theirs)
+
+
+def test_mistral() -> None:
+    """Sliding windows, and more text than a window holds."""
+    theirs = randomise(
+        transformers.MistralForCausalLM(
+            transformers.MistralConfig(
+                **LLAMA, head_dim=8, sliding_window=7, attn_implementation="eager"
+            )
+        )
+    )
+    weights = llama_weights(theirs.state_dict())
+    config = ModelConfig(
+        **SIZES,
+        max_seq_len=32,
+        tie_embeddings=False,
+        attention="window",
+        window=7,
+        position={"name": "rope", "theta": theirs.config.rope_parameters["rope_theta"]},
+    )
+    compare(ModernDecoderLM(config), weights, theirs)
+
+
+def gpt_oss_block(state: dict[str, Tensor], i: int) -> dict[str, Tensor]:
+    """Our names for layer ``i``; a unit is added to its linear units' bias, as gpt-oss adds it."""
+    theirs, ours = f"model.layers.{i}.", f"blocks.{i}."
+    experts, moe = f"{theirs}mlp.experts.", f"{ours}moe.experts."
+    gate_up, bias = state[f"{experts}gate_up_proj"], state[f"{experts}gate_up_proj_bias"]
+    up_bias = bias[:, 1::2] + 1
+    return llama_block(state, i) | {
+        f"{ours}attention.qkv.bias": torch.cat(
+            [state[f"{theirs}self_attn.{n}_proj.bias"] for n in "qkv"]
+        ),
+        f"{ours}attention.out.bias": state[f"{theirs}self_attn.o_proj.bias"],
+        f"{ours}attention.sink_N": state[f"{theirs}self_attn.sinks"],
+        f"{ours}moe.router.weight": state[f"{theirs}mlp.router.weight"],
+        f"{moe}gate_up.weight": torch.cat([gate_up[..., ::2], gate_up[..., 1::2]], -1).mT,
+        f"{moe}gate_up.bias": torch.cat([bias[:, ::2], up_bias], -1),
+        f"{moe}down.weight": state[f"{experts}down_proj"].mT,
+        f"{moe}down.bias": state[f"{experts}down_proj_bias"],
+    }
+
+
+def test_gpt_oss() -> None:
+    """Learned sinks, biases, experts, and windows in every other layer."""
+    settings = LLAMA | {"num_hidden_layers": 2, "head_dim": 8, "num_local_experts": 4}
+    theirs = transformers.GptOssForCausalLM(
+        transformers.GptOssConfig(
+            **settings,
+            num_experts_per_tok=2,
+            sliding_window=7,
+            swiglu_limit=1e9,
+            layer_types=["sliding_attention", "full_attention"],
+            rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+            attn_implementation="eager",
+        )
+    )
+    randomise(theirs)
+    for layer in theirs.model.layers:
+        layer.mlp.experts.alpha = 1.0  # the plain SiLU
+        torch.nn.init.zeros_(layer.mlp.router.bias)
+    state = theirs.state_dict()
+    weights = llama_ends(state) | gpt_oss_block(state, 0) | gpt_oss_block(state, 1)
+    config = ModelConfig(
+        **SIZES | {"n_layers": 2},
+        max_seq_len=32,
+        tie_embeddings=False,
+        bias=True,
+        attention="window",
+        window=7,
+        window_pattern="SL",
+        sink="learned",
+        moe={"n_experts": 4, "top_k": 2},
     )
     compare(ModernDecoderLM(config), weights, theirs)

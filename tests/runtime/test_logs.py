@@ -1,12 +1,14 @@
 import io
 import logging
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from modern_llm import errors
+from modern_llm.errors import ConfigError
 from modern_llm.runtime import logs
-from modern_llm.runtime.logs import counted, get_logger
+from modern_llm.runtime.logs import Trackers, counted, get_logger
 
 
 def test_messages_go_to_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
@@ -58,3 +60,29 @@ def test_every_error_has_its_exit_code() -> None:
         "ProtectedPathError": 6,
         "StoppedBySignal": 75,
     }
+
+
+def test_trackers_get_the_numbers_of_a_row(tmp_path: Path) -> None:
+    """Read back by TensorBoard's own reader."""
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    trackers = Trackers(["tensorboard"], folder=tmp_path, run="trackers")
+    for step in (1, 2):
+        row = {"step": step, "loss": 3.0 / step, "note": "text", "mfu": None}
+        trackers.log("train", row)
+    trackers.close()
+    events = reader.EventAccumulator(str(tmp_path / "trackers"))
+    events.Reload()
+    assert events.Tags()["scalars"] == ["train/loss"]
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 3.0), (2, 1.5)]
+
+
+def test_no_trackers_write_nothing(tmp_path: Path) -> None:
+    trackers = Trackers([], folder=tmp_path, run="trackers")
+    trackers.log("train", {"step": 1, "loss": 2.0})
+    trackers.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_tracker_that_is_not_installed_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="pip install nowhere_to_be_found"):
+        Trackers(["nowhere_to_be_found"], folder=tmp_path, run="trackers")

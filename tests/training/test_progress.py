@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from modern_llm.config import TrainingConfig
 from modern_llm.runtime.artifacts import JsonLines
 from modern_llm.training import progress
 from modern_llm.training.progress import RunLog, describe
@@ -15,6 +16,10 @@ TRAIN: dict[str, Any] = {
     "step": 7, "loss": 1.5, "lr": 1e-3, "grad_norm": 0.5, "tokens": 99, "units": 9,
     "tokens_per_s": 1234.5, "mfu": None, "memory_gb": 0.25,
 }  # fmt: skip
+
+
+def config(max_steps: int) -> TrainingConfig:
+    return TrainingConfig(max_steps=max_steps, seq_len=8)
 
 
 def test_one_line_says_how_it_goes() -> None:
@@ -27,7 +32,7 @@ def test_a_terminal_gets_a_bar_and_a_file_gets_lines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO, logger="modern_llm"):
-        with RunLog(JsonLines(tmp_path / "a.jsonl"), title="sft", total_steps=10) as told:
+        with RunLog(JsonLines(tmp_path / "a.jsonl"), title="sft", config=config(10)) as told:
             told.train(TRAIN, eta_s=3725.4)
         assert "sft 7/10  loss 1.5000" in caplog.text
         assert "ETA 1:02:05" in caplog.text
@@ -35,7 +40,7 @@ def test_a_terminal_gets_a_bar_and_a_file_gets_lines(
 
         terminal = Console(force_terminal=True, width=140, file=(tmp_path / "screen").open("w"))
         monkeypatch.setattr(progress, "console", terminal)
-        with RunLog(JsonLines(tmp_path / "b.jsonl"), title="sft", total_steps=10) as told:
+        with RunLog(JsonLines(tmp_path / "b.jsonl"), title="sft", config=config(10)) as told:
             told.train(TRAIN, eta_s=3.0)
         assert "sft 7/10" not in caplog.text
     terminal.file.close()
@@ -47,5 +52,30 @@ def test_a_terminal_gets_a_bar_and_a_file_gets_lines(
 
 def test_a_loss_that_is_no_number_is_null_in_the_file(tmp_path: Path) -> None:
     rows = JsonLines(tmp_path / "m.jsonl")
-    RunLog(rows, title="sft", total_steps=1).evaluation({"step": 0, "loss": math.nan})
+    RunLog(rows, title="sft", config=config(1)).evaluation({"step": 0, "loss": math.nan})
     assert json.loads((tmp_path / "m.jsonl").read_text())["loss"] is None
+
+
+def test_trackers_get_each_row_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A restart repeats steps whose rows stand; a tracker must not count them twice."""
+    kept: list[tuple[str, int]] = []
+
+    class Noted:
+        def __init__(self, names: Any, *, folder: Path, run: str) -> None:
+            assert (tuple(names), folder) == (("tensorboard",), tmp_path)
+
+        def log(self, kind: str, row: dict[str, Any]) -> None:
+            kept.append((kind, row["step"]))
+
+        def close(self) -> None:
+            kept.append(("closed", 0))
+
+    monkeypatch.setattr(progress, "Trackers", Noted)
+    settings = config(10).model_copy(update={"trackers": ("tensorboard",)})
+    for steps in ((5, 6), (6, 7)):
+        with RunLog(JsonLines(tmp_path / "m.jsonl"), title="sft", config=settings) as told:
+            for step in steps:
+                told.train({**TRAIN, "step": step}, eta_s=1.0)
+            told.evaluation({"step": steps[-1], "loss": 1.0})
+    trains = [("train", 5), ("train", 6), ("eval", 6), ("closed", 0), ("train", 7), ("eval", 7)]
+    assert kept == [*trains, ("closed", 0)]

@@ -27,6 +27,7 @@ from modern_llm.models.norms import NORMS
 from modern_llm.models.positions import POSITIONS
 from modern_llm.runtime.artifacts import sha256_file
 from modern_llm.runtime.devices import check_precision, resolve_device, single_process
+from modern_llm.runtime.logs import check_trackers
 from modern_llm.training.checkpoint import MANIFEST, META, read_checkpoint, verify_checkpoint
 from modern_llm.training.optim import build_optimizers
 from modern_llm.training.schedule import Schedule
@@ -159,6 +160,7 @@ class Preflight:
             training = self.config.stage(stage).training
             yield partial(build_optimizers, _tiny_model(), training)
             yield partial(Schedule, training)
+            yield partial(check_trackers, training.trackers)
             yield partial(_check_device, "training", training.device, training.precision)
         if "eval" in self.stages:
             tasks = self.config.eval

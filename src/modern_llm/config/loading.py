@@ -25,8 +25,13 @@ def presets_folder() -> Path:
 
 def list_presets() -> list[str]:
     """Names that ``--config`` takes beside paths."""
-    files = presets_folder().glob("*.json")
-    return sorted(f.stem for f in files if f.stem != "schema" and not f.stem.startswith("_"))
+    return sorted(_presets())
+
+
+def _presets() -> dict[str, Path]:
+    """Name -> file of each preset, those of architectures in a folder of their own."""
+    files = [f for pattern in ("*.json", "arch/*.json") for f in presets_folder().glob(pattern)]
+    return {f.stem: f for f in files if f.stem != "schema" and not f.stem.startswith("_")}
 
 
 def get_pipeline_preset(name: str) -> PipelineConfig:
@@ -67,14 +72,14 @@ def _locate(name: str, *, base: Path | None) -> Path:
             if path.is_file():
                 return path
         raise ConfigError(f"{name}: no such config file")
-    path = presets_folder() / f"{name}.json"
-    if "/" in name or not path.is_file():
+    preset = _presets().get(name)
+    if preset is None:
         presets = list_presets()
         raise ConfigError(
             f"unknown preset '{name}'{suggest(name, presets)} "
             f"(there are: {', '.join(presets)}; or give a path to a .json or .yaml file)"
         )
-    return path
+    return preset
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -131,7 +136,16 @@ def _read_with_parents(path: Path, *, seen: tuple[Path, ...]) -> dict[str, Any]:
     if parent_name is None:
         return own
     parent = _read_with_parents(_locate(str(parent_name), base=path), seen=(*seen, path))
+    if isinstance(own.get("model"), dict) and "ffn" in own["model"]:
+        _forget_activation(parent, own["model"]["ffn"])
     return merge(parent, own)
+
+
+def _forget_activation(below: dict[str, Any], ffn: Any) -> None:
+    """A feed-forward that is named anew does not inherit the activation of the one below."""
+    model = below.get("model")
+    if isinstance(model, dict) and (isinstance(ffn, str) or "name" in ffn):
+        below["model"] = {key: value for key, value in model.items() if key != "activation"}
 
 
 def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -169,6 +183,8 @@ def _override(raw: dict[str, Any], item: str) -> str | None:
         value = json.loads(text)
     except json.JSONDecodeError:
         value = {"True": True, "False": False, "None": None}.get(text, text)
+    if keys == ["model", "ffn"] and isinstance(value, str | dict):
+        _forget_activation(raw, value)
     if keys[0] == "training" and len(keys) > 1:  # for every stage, so the stages' own give way
         for stage in TRAINED_STAGES:
             section = raw.get(stage)

@@ -186,6 +186,7 @@ class PipelineConfig(Schema):
     description: str = ""
     seed: NonNegativeInt = 0
     max_steps: PositiveInt | None = None  # caps each trained stage, for smoke runs
+    plugins: dict[str, str] = Field(default_factory=dict)  # file name -> sha256 of --plugin
     model: ModelConfig
     tokenizer: TokenizerConfig = TokenizerConfig()
     data: DataConfig = DataConfig()
@@ -306,7 +307,7 @@ class PipelineConfig(Schema):
         for key in ("root", "cache_dir"):
             value["data"].pop(key)
         for stage in TRAINED_STAGES:
-            for key in ("log_every", "save_every", "keep_last"):
+            for key in ("log_every", "grad_log_every", "save_every", "keep_last", "trackers"):
                 value[stage]["training"].pop(key)
         return sha256_json(value)
 

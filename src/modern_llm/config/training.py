@@ -44,10 +44,12 @@ class TrainingConfig(Schema):
     threads: PositiveInt | None = None  # CPU threads; default: torch's choice
     seed: NonNegativeInt = 0
     log_every: PositiveInt = 10  # steps
+    grad_log_every: NonNegativeInt = 0  # steps, a multiple of log_every; 0: no statistics
     eval_every: NonNegativeInt = 0  # steps; 0: at the start and the end only
     save_every: NonNegativeInt = 0  # steps; 0: at the end only
     sample_every: NonNegativeInt = 0  # steps; 0: never
     keep_last: PositiveInt = 2  # checkpoints kept beside the best of those saved
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()  # beside metrics.jsonl
 
     @model_validator(mode="before")
     @classmethod
@@ -57,12 +59,17 @@ class TrainingConfig(Schema):
         return value
 
     @model_validator(mode="after")
-    def _check_batch(self) -> Self:
+    def _check_steps(self) -> Self:
         if self.batch_size % self.micro_batch_size:
             fits = [m for m in range(1, self.batch_size + 1) if self.batch_size % m == 0]
             raise ValueError(
                 f"micro_batch_size={self.micro_batch_size} must divide "
                 f"batch_size={self.batch_size}: use one of {fits[-6:]}"
+            )
+        if self.grad_log_every % self.log_every:
+            raise ValueError(
+                f"grad_log_every={self.grad_log_every} must be a multiple of "
+                f"log_every={self.log_every}: its numbers are in the rows of those steps"
             )
         return self
 

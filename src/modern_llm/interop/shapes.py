@@ -61,6 +61,8 @@ def _common_obstacles(config: ModelConfig) -> list[str]:
         problems.append(f"model.attention={config.attention} (needs full)")
     if config.sink != "none":
         problems.append(f"model.sink={config.sink} (needs none)")
+    if config.softcap is not None:
+        problems.append(f"model.softcap={config.softcap} (needs null)")
     if config.moe is not None:
         problems.append("model.moe (needs null)")
     if config.qk_norm:

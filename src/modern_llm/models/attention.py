@@ -1,19 +1,27 @@
-"""Grouped-query attention: one matrix for queries, keys and values, a kernel, one matrix out."""
+"""Grouped-query attention: one matrix for queries, keys and values, a mixer, one matrix out.
+
+To add a kind: a subclass of `Attention` with `mix` and `mix_flops`, and a name.
+"""
 
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modern_llm.config import ModelConfig
+from modern_llm.errors import ConfigError
 from modern_llm.models.cost import Cost, part_cost
 from modern_llm.models.dims import Dims
 from modern_llm.models.kernels import KERNELS, Kernel
-from modern_llm.models.kv_cache import KVCache, StreamingCache
+from modern_llm.models.kv_cache import KVCache, StateCache, StreamingCache
 from modern_llm.models.linear import Linear
-from modern_llm.models.norms import NORMS
+from modern_llm.models.norms import NORMS, at_least_float32
 from modern_llm.models.positions import PositionEncoding
+from modern_llm.registry import Registry
+
+ATTENTIONS = Registry("attention")
 
 
 @dataclass(frozen=True)
@@ -26,7 +34,7 @@ class AttentionContext:
         prepared_keys: its `prepare` for all keys, when a cache keeps them without position.
         bias: added to the logits, broadcastable to ``(B, N, T, S)``; masks are in it.
         is_causal: the plain causal mask, without bias.
-        cache: keys and values so far.
+        cache: what is kept of the tokens so far.
     """
 
     position: PositionEncoding
@@ -34,14 +42,14 @@ class AttentionContext:
     prepared_keys: Any = None
     bias: Tensor | None = None
     is_causal: bool = True
-    cache: KVCache | StreamingCache | None = None
+    cache: KVCache | StreamingCache | StateCache | None = None
 
 
 class Attention(nn.Module):
     """Self-attention with N query heads that share K key/value heads (arXiv:2305.13245).
 
     Args:
-        config: chooses kernel, query-key norm (arXiv:2302.05442, sec. 2.1), sink and dropout.
+        config: chooses query-key norm (arXiv:2302.05442, sec. 2.1) and what a kind needs.
         dims: sizes.
         layer: index in the cache.
     """
@@ -54,13 +62,10 @@ class Attention(nn.Module):
         self.out = Linear(
             dims.n_heads * dims.head_size, dims.d_model, bias=dims.bias, residual=True
         )
-        self.kernel: Kernel = KERNELS.build(config.attention_backend)
         self.qk_norm = config.qk_norm
         if config.qk_norm:
             self.q_norm = NORMS.build(config.norm, dims.head_size, config.norm_eps, dims.bias)
             self.k_norm = NORMS.build(config.norm, dims.head_size, config.norm_eps, dims.bias)
-        learned = config.sink == "learned"
-        self.sink_N = nn.Parameter(torch.zeros(dims.n_heads)) if learned else None
 
     def forward(self, x_BTD: Tensor, context: AttentionContext) -> Tensor:
         """``(B, T, D)`` -> ``(B, T, D)``."""
@@ -68,16 +73,69 @@ class Attention(nn.Module):
         qkv = self.qkv(x_BTD).unflatten(-1, (-1, self.dims.head_size))
         qk, v_BTKH = torch.split(qkv, [n_heads + n_kv_heads, n_kv_heads], 2)
         if self.qk_norm:
-            q, k = torch.split(qk, [n_heads, n_kv_heads], 2)
+            q, k = self.split(qk)
             qk = torch.cat([self.q_norm(q), self.k_norm(k)], 2)
+        out_BTNH = self.mix(qk, v_BTKH, context)
+        return self.out(out_BTNH.flatten(2))  # type: ignore[no-any-return]
+
+    def split(self, qk: Tensor) -> tuple[Tensor, ...]:
+        """Queries ``(B, T, N, H)`` and keys ``(B, T, K, H)``, one tensor until they are rotated."""
+        return torch.split(qk, [self.dims.n_heads, self.dims.n_kv_heads], 2)
+
+    def mix(self, qk: Tensor, v_BTKH: Tensor, context: AttentionContext) -> Tensor:
+        """Values of all tokens that a token sees, weighted: ``(B, T, N, H)``.
+
+        Args:
+            qk: queries and keys, ``(B, T, N + K, H)``, without position.
+            v_BTKH: values.
+            context: positions, masks, cache.
+        """
+        raise NotImplementedError
+
+    def mix_flops(self, seq_len: int) -> float:
+        """Forward FLOPs of `mix`, for one token of a sequence of ``seq_len``."""
+        raise NotImplementedError
+
+    def cost(self, seq_len: int) -> Cost:
+        """Two matrices, and what mixes the values."""
+        mixing = self.mix_flops(seq_len)
+        projections = part_cost("projections", self, flops=self.qkv.flops() + self.out.flops())
+        return projections + Cost(0, 0, 0, mixing, {"attention": mixing})
+
+
+@ATTENTIONS.register("full")
+class FullAttention(Attention):
+    """Softmax over all keys that the mask shows, by the kernel of the config.
+
+    Raises:
+        ConfigError: the kernel cannot serve dropout, or capped logits.
+    """
+
+    def __init__(self, config: ModelConfig, dims: Dims, layer: int) -> None:
+        super().__init__(config, dims, layer)
+        self.kernel: Kernel = KERNELS.build(config.attention_backend)
+        self.softcap = config.softcap
+        for name in self.kernel.refuses:
+            if getattr(config, name):
+                able = ", ".join(k for k in KERNELS if name not in KERNELS.build(k).refuses)
+                raise ConfigError(
+                    f"attention backend '{config.attention_backend}' has no {name}: use one of "
+                    f"{able}, or leave out model.{name}"
+                )
+        learned = config.sink == "learned"
+        self.sink_N = nn.Parameter(torch.zeros(dims.n_heads)) if learned else None
+
+    def mix(self, qk: Tensor, v_BTKH: Tensor, context: AttentionContext) -> Tensor:
+        """As in `Attention`."""
         streaming = context.prepared_keys is not None
         if not streaming:
             qk = context.position.rotate(qk, context.prepared)
-        q_BTNH, k_BTKH = torch.split(qk, [n_heads, n_kv_heads], 2)
+        q_BTNH, k_BTKH = self.split(qk)
         if streaming:
             q_BTNH = context.position.rotate(q_BTNH, context.prepared)
         k_BKSH, v_BKSH = k_BTKH.transpose(1, 2), v_BTKH.transpose(1, 2)
         if context.cache is not None:
+            assert not isinstance(context.cache, StateCache)
             k_BKSH, v_BKSH = context.cache.update(self.layer, k_BKSH, v_BKSH)
         if streaming:
             k_BSKH = k_BKSH.transpose(1, 2)
@@ -90,13 +148,117 @@ class Attention(nn.Module):
             is_causal=context.is_causal,
             sink_N=self.sink_N,
             dropout=self.dropout if self.training else 0.0,
+            softcap=self.softcap,
         )
-        return self.out(out_BNTH.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+        return out_BNTH.transpose(1, 2)
 
-    def cost(self, seq_len: int) -> Cost:
-        """Two matrices, and every query against ``seq_len`` keys."""
-        kernel = self.kernel.flops(
+    def mix_flops(self, seq_len: int) -> float:
+        """Every query against ``seq_len`` keys."""
+        return self.kernel.flops(
             self.dims.n_heads, self.dims.head_size, seq_len, sink=self.sink_N is not None
         )
-        projections = part_cost("projections", self, flops=self.qkv.flops() + self.out.flops())
-        return projections + Cost(0, 0, 0, kernel, {"attention": kernel})
+
+
+@ATTENTIONS.register("window")
+class WindowAttention(FullAttention):
+    """The last ``window`` keys and the first ``n_sinks`` (arXiv:2004.05150, sec. 3.1).
+
+    The decoder's masks hide the others, in the layers that ``window_pattern`` names.
+    """
+
+
+@ATTENTIONS.register("linear")
+class LinearAttention(Attention):
+    """Causal linear attention (arXiv:2006.16236, eq. 9) with the features ``elu(x) + 1``.
+
+    Token ``t`` gets ``phi(q_t) S_t / phi(q_t) z_t``, where ``S_t`` sums ``phi(k_s) v_s^T`` and
+    ``z_t`` sums ``phi(k_s)`` over ``s <= t``: time grows linearly with the text, and a cache is a
+    state of fixed size. A rotary encoding turns the features in the numerator only
+    (arXiv:2104.09864, eq. 19). Sums are in float32. Text is worked through in chunks; where a mask
+    hides more than the future (packed documents, preference pairs), by all products of queries and
+    keys.
+    """
+
+    chunk_size = 64  # tokens whose products with each other are computed
+
+    def mix(self, qk: Tensor, v_BTKH: Tensor, context: AttentionContext) -> Tensor:
+        """As in `Attention`."""
+        with torch.autocast(qk.device.type, enabled=False):
+            features = F.elu(at_least_float32(qk)) + 1
+            turned = context.position.rotate(features, context.prepared)
+            q_BTNH, k_BTKH = self.split(features)
+            turned_q_BTNH, turned_k_BTKH = self.split(turned)
+            values = v_BTKH.to(features.dtype)
+            if context.bias is not None:
+                above, below = self._by_pairs(
+                    (turned_q_BTNH, q_BTNH), (turned_k_BTKH, k_BTKH), values, context.bias
+                )
+            else:
+                above, below = self._by_chunks(
+                    (turned_q_BTNH, q_BTNH), (turned_k_BTKH, k_BTKH), values, context.cache
+                )
+            return (above / below.clamp(min=1e-6).unsqueeze(-1)).to(v_BTKH.dtype)
+
+    def _grouped(self, q_BTNH: Tensor) -> Tensor:
+        """``(B, K, N/K, T, H)``: query heads by the key/value head that they share."""
+        rows, n_tokens = q_BTNH.shape[:2]
+        by_key_head = q_BTNH.reshape(rows, n_tokens, self.dims.n_kv_heads, -1, q_BTNH.shape[3])
+        return by_key_head.permute(0, 2, 3, 1, 4)
+
+    def _by_pairs(
+        self, q: tuple[Tensor, Tensor], k: tuple[Tensor, Tensor], v_BTKH: Tensor, bias: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Numerator ``(B, T, N, H)`` and denominator ``(B, T, N)`` from T x T products."""
+        seen_B11TS = bias.exp().to(v_BTKH.dtype).unsqueeze(1)
+        turned, plain = (
+            self._grouped(x) @ y.permute(0, 2, 3, 1).unsqueeze(2) * seen_B11TS
+            for x, y in zip(q, k, strict=True)
+        )
+        above = turned @ v_BTKH.transpose(1, 2).unsqueeze(2)
+        return above.flatten(1, 2).transpose(1, 2), plain.sum(-1).flatten(1, 2).transpose(1, 2)
+
+    def _by_chunks(
+        self,
+        q: tuple[Tensor, Tensor],
+        k: tuple[Tensor, Tensor],
+        v_BTKH: Tensor,
+        cache: KVCache | StreamingCache | StateCache | None,
+    ) -> tuple[Tensor, Tensor]:
+        """The same in linear time: within chunks by pairs, between them by the running state."""
+        (q_BTNH, plain_q), (k_BTKH, plain_k) = q, k
+        n_tokens = q_BTNH.shape[1]
+        size = min(self.chunk_size, n_tokens)
+        if isinstance(cache, StateCache):
+            seen_BT = cache.seen(n_tokens, k_BTKH.device)
+            if seen_BT is not None:
+                k_BTKH, plain_k = (x * seen_BT[:, :, None, None] for x in (k_BTKH, plain_k))
+
+        def chunks(x: Tensor) -> Tensor:  # (..., T, H) -> (..., chunks, size, H)
+            x = F.pad(x, (0, 0, 0, -n_tokens % size))
+            return x.reshape(*x.shape[:-2], -1, size, x.shape[-1])
+
+        q_BKGCLH = chunks(self._grouped(q_BTNH))
+        k_BKCLH, v_BKCLH = (chunks(x.transpose(1, 2)) for x in (k_BTKH, v_BTKH))
+        within = (q_BKGCLH @ k_BKCLH.unsqueeze(2).transpose(-2, -1)).tril()
+        sums_BKCHH = (k_BKCLH.transpose(-2, -1) @ v_BKCLH).cumsum(2)
+        state_BKCHH = F.pad(sums_BKCHH, (0, 0, 0, 0, 1, 0))  # before each chunk, and after all
+        sum_BTKH = plain_k.cumsum(1)
+        if isinstance(cache, StateCache):
+            if self.layer in cache.states:
+                old_state_BKHH, old_sum_BKH = cache.states[self.layer]
+                state_BKCHH = state_BKCHH + old_state_BKHH.unsqueeze(2)
+                sum_BTKH = sum_BTKH + old_sum_BKH.unsqueeze(1)
+            cache.states[self.layer] = state_BKCHH[:, :, -1], sum_BTKH[:, -1]
+        before_BKCHH = state_BKCHH[:, :, :-1]
+        above = within @ v_BKCLH.unsqueeze(2) + q_BKGCLH @ before_BKCHH.unsqueeze(2)
+        above_BTNH = above.flatten(3, 4).flatten(1, 2)[:, :, :n_tokens].transpose(1, 2)
+        below = (self._grouped(plain_q) * sum_BTKH.transpose(1, 2).unsqueeze(2)).sum(-1)
+        return above_BTNH, below.flatten(1, 2).transpose(1, 2)
+
+    def mix_flops(self, seq_len: int) -> float:
+        """Two products with the tokens of a chunk, one with the state, and the state's own."""
+        size, head_size = min(self.chunk_size, seq_len), self.dims.head_size
+        worked = -(-seq_len // size) * size / seq_len  # the last chunk is filled up
+        per_query = 4.0 * size * head_size + 2.0 * head_size**2
+        per_key = 2.0 * head_size**2
+        return worked * (self.dims.n_heads * per_query + self.dims.n_kv_heads * per_key)

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modern_llm.config import ModelConfig
-from modern_llm.models.attention import Attention, AttentionContext
+from modern_llm.models.attention import ATTENTIONS, AttentionContext
 from modern_llm.models.cost import Cost
 from modern_llm.models.dims import Dims
 from modern_llm.models.ffn import FFNS
@@ -26,7 +26,7 @@ class Block(nn.Module):
         self.pre_norm = config.norm_position == "pre"
         self.dropout = config.dropout
         self.attention_norm = NORMS.build(config.norm, dims.d_model, config.norm_eps, dims.bias)
-        self.attention = Attention(config, dims, layer)
+        self.attention = ATTENTIONS.build(config.attention, config, dims, layer)
         self.ffn_norm = NORMS.build(config.norm, dims.d_model, config.norm_eps, dims.bias)
         self.moe: MoE | None = None
         self.ffn: nn.Module | None = None

@@ -14,7 +14,7 @@ from modern_llm.models.block import Block
 from modern_llm.models.cost import Cost
 from modern_llm.models.dims import Dims
 from modern_llm.models.initialize import calm_tied_logits, initialize
-from modern_llm.models.kv_cache import KVCache, StreamingCache
+from modern_llm.models.kv_cache import KVCache, StateCache, StreamingCache
 from modern_llm.models.linear import Linear
 from modern_llm.models.masks import Window, additive, document_positions, visible_keys
 from modern_llm.models.moe import Routing
@@ -24,7 +24,7 @@ from modern_llm.models.weights import WeightsMixin
 
 ROWS = 64  # the head multiplies a multiple of so many rows
 
-Cache = KVCache | StreamingCache
+Cache = KVCache | StreamingCache | StateCache
 
 
 class ModernDecoderLM(WeightsMixin):
@@ -46,8 +46,15 @@ class ModernDecoderLM(WeightsMixin):
         dims = Dims.of(config)
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.position: PositionEncoding = POSITIONS.build(config.position, dims)
+        if config.attention == "linear" and self.position.has_bias:
+            raise ConfigError(
+                f"attention=linear has no logits, which position encoding "
+                f"'{config.position.name}' adds to: use rope, learned, sinusoidal or none"
+            )
         self.blocks = nn.ModuleList(Block(config, dims, i) for i in range(config.n_layers))
         self.window = None if config.window is None else Window(config.window, config.n_sinks)
+        pattern = config.window_pattern * config.n_layers
+        self.windowed = [letter == "S" for letter in pattern[: config.n_layers]]
         pre_norm = config.norm_position == "pre"
         self.final_norm: nn.Module | None = None
         if pre_norm:
@@ -154,16 +161,16 @@ class ModernDecoderLM(WeightsMixin):
                 pad_B = cache.pad_B
             cache.pad_B = pad_B
         pos_BT, pos_BS = self._positions(tokens_BT, pos_BT, doc_ids_BT, pad_B, cache)
-        context = self._context(pos_BT, pos_BS, doc_ids_BT, mask_BTS, pad_B, cache)
+        contexts = self._contexts(pos_BT, pos_BS, doc_ids_BT, mask_BTS, pad_B, cache)
         x_BTD = self.position.embed(self.embedding(tokens_BT), pos_BT)
         if self.training and self.config.dropout:
             x_BTD = F.dropout(x_BTD, self.config.dropout)
         routing: list[tuple[int, Routing]] = []
         for layer, block in enumerate(self.blocks):
             if self.activation_checkpointing and self.training:
-                x_BTD, routed = checkpoint(block, x_BTD, context, use_reentrant=False)
+                x_BTD, routed = checkpoint(block, x_BTD, contexts[layer], use_reentrant=False)
             else:
-                x_BTD, routed = block(x_BTD, context)
+                x_BTD, routed = block(x_BTD, contexts[layer])
             if routed is not None:
                 routing.append((layer, routed))
         self._routing = routing
@@ -194,7 +201,7 @@ class ModernDecoderLM(WeightsMixin):
             pos_BS = (pos_BS - pad_B[:, None]).clamp(0, limit - 1)
         return pos_BS[:, start:], pos_BS
 
-    def _context(
+    def _contexts(
         self,
         pos_BT: Tensor,
         pos_BS: Tensor,
@@ -202,35 +209,47 @@ class ModernDecoderLM(WeightsMixin):
         mask_BTS: Tensor | None,
         pad_B: Tensor | None,
         cache: Cache | None,
-    ) -> AttentionContext:
-        """Masks and biases of this forward; none at all where the causal mask suffices."""
-        n_queries, n_keys = pos_BT.shape[1], pos_BS.shape[1]
+    ) -> list[AttentionContext]:
+        """What each layer attends by: with the window or without, otherwise the same."""
         streaming = isinstance(cache, StreamingCache)
-        window = None if streaming or (self.window and n_keys <= self.window.size) else self.window
-        plain = all(x is None for x in (doc_ids_BT, mask_BTS, pad_B, window))
-        bias = self.position.bias(pos_BT, pos_BS)
-        is_causal = False
+        window = self.window
+        if streaming or (window is not None and pos_BS.shape[1] <= window.size):
+            window = None  # it hides nothing
+        shared = {
+            "position": self.position,
+            "prepared": self.position.prepare(pos_BT),
+            "prepared_keys": self.position.prepare(pos_BS) if streaming else None,
+            "cache": cache,
+        }
+        if isinstance(cache, StateCache):  # the state has seen the past, and no padding
+            return [AttentionContext(**shared)] * len(self.blocks)
+        positions = self.position.bias(pos_BT, pos_BS)
+        contexts = {}
+        for of_layer in {window if windowed else None for windowed in self.windowed}:
+            rules = {"doc_ids_BT": doc_ids_BT, "mask_BTS": mask_BTS, "pad_B": pad_B}
+            bias, is_causal = self._bias(pos_BT, pos_BS, positions, window=of_layer, **rules)
+            contexts[of_layer] = AttentionContext(**shared, bias=bias, is_causal=is_causal)
+        return [contexts[window if windowed else None] for windowed in self.windowed]
+
+    def _bias(
+        self, pos_BT: Tensor, pos_BS: Tensor, bias: Tensor | None, **rules: Any
+    ) -> tuple[Tensor | None, bool]:
+        """Masks and position bias of a layer in one tensor, or none where the causal mask suffices.
+
+        Args:
+            pos_BT: positions of the new tokens.
+            pos_BS: positions of all keys.
+            bias: of the position encoding.
+            **rules: as in `visible_keys`.
+        """
+        n_queries, n_keys = pos_BT.shape[1], pos_BS.shape[1]
+        plain = all(rule is None for rule in rules.values())
         if plain and bias is None and n_queries == n_keys:
-            is_causal = True
-        elif not (plain and n_queries == 1):
-            visible_BTS = visible_keys(
-                pos_BT,
-                pos_BS,
-                window=window,
-                doc_ids_BT=doc_ids_BT,
-                mask_BTS=mask_BTS,
-                pad_B=pad_B,
-            )
-            mask = additive(visible_BTS, self.compute_dtype())
-            bias = mask if bias is None else bias + mask
-        return AttentionContext(
-            position=self.position,
-            prepared=self.position.prepare(pos_BT),
-            prepared_keys=self.position.prepare(pos_BS) if streaming else None,
-            bias=bias,
-            is_causal=is_causal,
-            cache=cache,
-        )
+            return None, True
+        if plain and n_queries == 1:
+            return bias, False
+        mask = additive(visible_keys(pos_BT, pos_BS, **rules), self.compute_dtype())
+        return (mask if bias is None else bias + mask), False
 
     def compute_dtype(self) -> torch.dtype:
         """Dtype of matrix products: autocast's where it is on, else that of the weights."""
@@ -239,8 +258,10 @@ class ModernDecoderLM(WeightsMixin):
             return torch.get_autocast_dtype(device)
         return self.embedding.weight.dtype
 
-    def new_cache(self, batch: int, max_len: int) -> KVCache:
+    def new_cache(self, batch: int, max_len: int) -> KVCache | StateCache:
         """An empty cache for ``batch`` rows of at most ``max_len`` tokens, padding included."""
+        if self.config.attention == "linear":
+            return StateCache(max_len)
         return KVCache(
             self.config.n_layers,
             batch,
@@ -251,16 +272,21 @@ class ModernDecoderLM(WeightsMixin):
             device=self.embedding.weight.device,
         )
 
+    @property
+    def streams(self) -> bool:
+        """Whether text may go on beyond ``max_seq_len``: windows everywhere, relative positions."""
+        return self.window is not None and all(self.windowed) and self.position.relative
+
     def new_streaming_cache(self) -> StreamingCache:
         """An empty cache for a stream of any length, of any number of rows.
 
         Raises:
-            ConfigError: the model has no window, or its positions are absolute.
+            ConfigError: a layer has no window, or positions are absolute.
         """
-        if self.window is None or not self.position.relative:
+        if self.window is None or not self.streams:
             raise ConfigError(
-                f"text beyond max_seq_len={self.config.max_seq_len} needs attention=window and a "
-                f"relative position encoding, not '{self.config.position.name}'"
+                f"text beyond max_seq_len={self.config.max_seq_len} needs attention=window in "
+                f"all layers and a relative position encoding, not '{self.config.position.name}'"
             )
         return StreamingCache(self.window.size, self.window.n_sinks)
 

@@ -20,6 +20,7 @@ ACTIVATIONS = Registry("activation")
 ACTIVATIONS.register("relu")(F.relu)
 ACTIVATIONS.register("silu", "swish")(F.silu)
 ACTIVATIONS.register("gelu")(F.gelu)
+ACTIVATIONS.register("leaky_relu")(F.leaky_relu)
 
 
 @ACTIVATIONS.register("gelu_tanh", "gelu_new")
@@ -56,16 +57,51 @@ class StandardFFN(FFN):
         return self.down(self.activation(self.up(x, *groups)), *groups)  # type: ignore[no-any-return]
 
 
-@FFNS.register("swiglu")
-class SwiGLU(FFN):
-    """``W2 (silu(Wg x) * Wu x)`` (arXiv:2002.05202, eq. 6); ``Wg`` and ``Wu`` are one matrix."""
+@FFNS.register("relu2")
+class SquaredReLU(FFN):
+    """``W2 max(W1 x, 0)^2`` (Primer, arXiv:2109.08668, sec. 4)."""
+
+    def __init__(self, dims: Dims, activation: str, linear: Factory = Linear) -> None:
+        super().__init__()
+        self.up = linear(dims.d_model, dims.d_ff, bias=dims.bias)
+        self.down = linear(dims.d_ff, dims.d_model, bias=dims.bias, residual=True)
+
+    def forward(self, x: Tensor, *groups: Tensor) -> Tensor:
+        """As in `FFN`."""
+        return self.down(F.relu(self.up(x, *groups)).square(), *groups)  # type: ignore[no-any-return]
+
+
+class GatedFFN(FFN):
+    """``W2 (f(Wg x) * Wu x)``; ``Wg`` and ``Wu`` are one matrix."""
 
     def __init__(self, dims: Dims, activation: str, linear: Factory = Linear) -> None:
         super().__init__()
         self.gate_up = linear(dims.d_model, 2 * dims.d_ff, bias=dims.bias)
         self.down = linear(dims.d_ff, dims.d_model, bias=dims.bias, residual=True)
 
+    def gate(self, x: Tensor) -> Tensor:
+        """The nonlinearity ``f``."""
+        raise NotImplementedError
+
     def forward(self, x: Tensor, *groups: Tensor) -> Tensor:
         """As in `FFN`."""
         gate, up = self.gate_up(x, *groups).chunk(2, -1)
-        return self.down(F.silu(gate) * up, *groups)  # type: ignore[no-any-return]
+        return self.down(self.gate(gate) * up, *groups)  # type: ignore[no-any-return]
+
+
+@FFNS.register("swiglu")
+class SwiGLU(GatedFFN):
+    """``W2 (silu(Wg x) * Wu x)`` (arXiv:2002.05202, eq. 6)."""
+
+    def gate(self, x: Tensor) -> Tensor:
+        """SiLU."""
+        return F.silu(x)
+
+
+@FFNS.register("geglu")
+class GeGLU(GatedFFN):
+    """``W2 (gelu(Wg x) * Wu x)`` (arXiv:2002.05202, eq. 6)."""
+
+    def gate(self, x: Tensor) -> Tensor:
+        """GELU, exact."""
+        return F.gelu(x)

@@ -118,10 +118,9 @@ def generate(
     seeds = range(len(prompts)) if seeds is None else seeds
     if len(seeds) != len(prompts):
         raise ConfigError(f"{len(seeds)} seeds for {len(prompts)} prompts; give one each")
-    streams = model.window is not None and model.position.relative
     limit = model.config.max_seq_len
-    _check_prompts(prompts, None if streams else limit)
-    batches = _plan(prompts, limit - max_new_tokens if streams else None, batch_size)
+    _check_prompts(prompts, None if model.streams else limit)
+    batches = _plan(prompts, limit - max_new_tokens if model.streams else None, batch_size)
     completions: dict[int, Completion] = {}
     was_training = model.training
     model.eval()

@@ -1,22 +1,38 @@
 """Attention kernels: softmax(q k^T / sqrt(H) + bias) v, the same values by different means.
 
-To add one: a class with ``__call__`` and ``flops`` as in `Kernel`, and a name.
+To add one: a class with ``refuses``, ``__call__`` and ``flops`` as in `Kernel`, and a name.
 """
 
 import math
-from typing import Protocol
+import warnings
+from collections.abc import Callable
+from functools import cache
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
+from modern_llm.errors import ConfigError
 from modern_llm.registry import Registry
 
 KERNELS = Registry("attention backend")
 
 
+def _capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """``softcap tanh(logits / softcap)``, or the logits as they are."""
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
 class Kernel(Protocol):
-    """One way to compute attention."""
+    """One way to compute attention.
+
+    Attributes:
+        refuses: parameters below that it cannot serve, of ``dropout`` and ``softcap``.
+    """
+
+    refuses: tuple[str, ...]
 
     def __call__(
         self,
@@ -28,6 +44,7 @@ class Kernel(Protocol):
         is_causal: bool = False,
         sink_N: Tensor | None = None,
         dropout: float = 0.0,
+        softcap: float | None = None,
     ) -> Tensor:
         """Attention output ``(B, N, T, H)``; K divides N.
 
@@ -40,6 +57,9 @@ class Kernel(Protocol):
             sink_N: a learned logit a head that joins the softmax's denominator, has no value
                 and is not scaled (gpt-oss, arXiv:2508.10925).
             dropout: probability with which an attention weight is dropped.
+            softcap: keeps logits between -softcap and softcap, smoothly, before the bias:
+                ``softcap tanh(logit / softcap)`` (Gemma 2, arXiv:2408.00118, sec. 2); the sink's
+                logit is not capped.
         """
 
     def flops(self, n_heads: int, head_size: int, seq_len: int, *, sink: bool) -> float:
@@ -49,6 +69,8 @@ class Kernel(Protocol):
 @KERNELS.register("manual")
 class ManualKernel:
     """Written out, with logits and softmax in float32; holds all T x S logits in memory."""
+
+    refuses: tuple[str, ...] = ()
 
     def __call__(
         self,
@@ -60,6 +82,7 @@ class ManualKernel:
         is_causal: bool = False,
         sink_N: Tensor | None = None,
         dropout: float = 0.0,
+        softcap: float | None = None,
     ) -> Tensor:
         """As in `Kernel`."""
         group = q_BNTH.shape[1] // k_BKSH.shape[1]
@@ -69,6 +92,7 @@ class ManualKernel:
         logit_BNTS = (q_BNTH / math.sqrt(q_BNTH.shape[-1])) @ k_BNSH.transpose(-2, -1)
         if logit_BNTS.dtype is not torch.float64:
             logit_BNTS = logit_BNTS.float()
+        logit_BNTS = _capped(logit_BNTS, softcap)
         if is_causal:
             future = torch.ones_like(logit_BNTS[0, 0], dtype=torch.bool).triu(1)
             logit_BNTS = logit_BNTS.masked_fill(future, float("-inf"))
@@ -98,6 +122,7 @@ class SDPAKernel:
     with a gradient would leave the fused kernels) and works when query heads share keys.
     """
 
+    refuses: tuple[str, ...] = ("softcap",)
     sink_width = 8  # heads grow by 8, not 1: fused kernels want multiples of 8
 
     def __call__(
@@ -110,6 +135,7 @@ class SDPAKernel:
         is_causal: bool = False,
         sink_N: Tensor | None = None,
         dropout: float = 0.0,
+        softcap: float | None = None,
     ) -> Tensor:
         """As in `Kernel`."""
         head_size = q_BNTH.shape[-1]
@@ -174,6 +200,7 @@ class BlockKernel:
     kept in the dtype of the inputs; all T x S weights stay in memory for the backward.
     """
 
+    refuses: tuple[str, ...] = ()
     block_size = 256  # queries; products of fewer are slower than the keys that they spare
 
     def __call__(
@@ -186,6 +213,7 @@ class BlockKernel:
         is_causal: bool = False,
         sink_N: Tensor | None = None,
         dropout: float = 0.0,
+        softcap: float | None = None,
     ) -> Tensor:
         """As in `Kernel`."""
         n_queries, n_keys = q_BNTH.shape[2], k_BKSH.shape[2]
@@ -201,7 +229,7 @@ class BlockKernel:
             elif bias is not None:
                 mask = bias[..., start:end, :] if bias.shape[-2] > 1 else bias
             q_BNLH, k, v = q_BNTH[:, :, start:end], k_BKSH[:, :, :seen], v_BKSH[:, :, :seen]
-            blocks.append(self._attend(q_BNLH, k, v, mask, sink_N, dropout))
+            blocks.append(self._attend(q_BNLH, k, v, mask, sink_N, dropout, softcap))
         return blocks[0] if len(blocks) == 1 else torch.cat(blocks, 2)
 
     def _attend(
@@ -212,6 +240,7 @@ class BlockKernel:
         mask: Tensor | None,
         sink_N: Tensor | None,
         dropout: float,
+        softcap: float | None,
     ) -> Tensor:
         """One block: the query heads that share keys are rows of one product."""
         shape, n_keys = q_BNLH.shape, k_BKSH.shape[2]
@@ -220,12 +249,15 @@ class BlockKernel:
             for x in (q_BNLH, k_BKSH, v_BKSH)
         )
         scale = 1 / math.sqrt(shape[-1])
-        if mask is not None and mask.ndim == 2:  # the same for all rows and heads: added for free
+        if (
+            mask is not None and mask.ndim == 2 and not softcap
+        ):  # the same for all rows and heads: added for free
             mask = mask.to(q_GMH.dtype).repeat(q_GMH.shape[1] // mask.shape[0], 1)
             logit = torch.baddbmm(mask, q_GMH, k_GSH.transpose(1, 2), alpha=scale)
             logit_BNLS = logit.view(*shape[:3], n_keys)
         else:
             logit_BNLS = torch.bmm(q_GMH * scale, k_GSH.transpose(1, 2)).view(*shape[:3], n_keys)
+            logit_BNLS = _capped(logit_BNLS, softcap)
             if mask is not None:
                 logit_BNLS = logit_BNLS + mask.to(logit_BNLS.dtype)
         if sink_N is not None:
@@ -244,12 +276,15 @@ class BlockKernel:
         return 4.0 * n_heads * head_size * pairs / seq_len
 
 
-@KERNELS.register("auto")
-class AutoKernel:
-    """The fastest for the device and dtype: ``blocks`` for bfloat16 on a CPU, else ``sdpa``."""
+@KERNELS.register("flex")
+class FlexKernel:
+    """``torch.nn.attention.flex_attention``: compiled on a GPU; on a CPU forward only, and slow.
 
-    def __init__(self) -> None:
-        self.sdpa, self.blocks = SDPAKernel(), BlockKernel()
+    A learned sink is worked in afterwards, from the logarithm of the softmax's denominator: the
+    output times ``sigmoid(lse - sink)``.
+    """
+
+    refuses: tuple[str, ...] = ("dropout",)
 
     def __call__(
         self,
@@ -261,12 +296,90 @@ class AutoKernel:
         is_causal: bool = False,
         sink_N: Tensor | None = None,
         dropout: float = 0.0,
+        softcap: float | None = None,
+    ) -> Tensor:
+        """As in `Kernel`.
+
+        Raises:
+            ConfigError: a gradient is wanted on a CPU.
+        """
+        on_cpu = q_BNTH.device.type == "cpu"
+        if on_cpu and torch.is_grad_enabled() and q_BNTH.requires_grad:
+            raise ConfigError(
+                "model.attention_backend=flex has no backward on a CPU; use auto to train here"
+            )
+        shape = (q_BNTH.shape[0], q_BNTH.shape[1], q_BNTH.shape[2], k_BKSH.shape[2])
+        bias_BNTS = None if bias is None else bias.expand(shape)
+
+        def changed(logit: Tensor, b: Tensor, n: Tensor, t: Tensor, s: Tensor) -> Tensor:
+            logit = _capped(logit, softcap)
+            if is_causal:
+                logit = torch.where(s <= t, logit, float("-inf"))
+            return logit if bias_BNTS is None else logit + bias_BNTS[b, n, t, s]
+
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
+            out_BNTH, aux = _flex(compiled=not on_cpu)(
+                q_BNTH,
+                k_BKSH,
+                v_BKSH,
+                score_mod=changed,
+                scale=1 / math.sqrt(q_BNTH.shape[-1]),
+                enable_gqa=q_BNTH.shape[1] != k_BKSH.shape[1],
+                return_aux=AuxRequest(lse=True),
+            )
+        if sink_N is None:
+            return out_BNTH  # type: ignore[no-any-return]
+        kept_BNT = torch.sigmoid(aux.lse - sink_N.to(aux.lse)[:, None])
+        return out_BNTH * kept_BNT.unsqueeze(-1).to(out_BNTH.dtype)  # type: ignore[no-any-return]
+
+    def flops(self, n_heads: int, head_size: int, seq_len: int, *, sink: bool) -> float:
+        """Two products of S x H a head."""
+        return 4.0 * n_heads * head_size * seq_len
+
+
+@cache
+def _flex(*, compiled: bool) -> Callable[..., Any]:
+    return torch.compile(flex_attention) if compiled else flex_attention  # type: ignore[return-value]
+
+
+@KERNELS.register("auto")
+class AutoKernel:
+    """The fastest for the device and dtype: ``blocks`` for bfloat16 on a CPU, else ``sdpa``.
+
+    Capped logits have no fused kernel: ``blocks`` computes them, or ``manual`` beyond bfloat16.
+    """
+
+    refuses: tuple[str, ...] = ()
+
+    def __init__(self) -> None:
+        self.sdpa, self.blocks, self.manual = SDPAKernel(), BlockKernel(), ManualKernel()
+
+    def __call__(
+        self,
+        q_BNTH: Tensor,
+        k_BKSH: Tensor,
+        v_BKSH: Tensor,
+        bias: Tensor | None = None,
+        *,
+        is_causal: bool = False,
+        sink_N: Tensor | None = None,
+        dropout: float = 0.0,
+        softcap: float | None = None,
     ) -> Tensor:
         """As in `Kernel`."""
-        on_cpu = q_BNTH.device.type == "cpu"
-        kernel = self.blocks if on_cpu and q_BNTH.dtype is torch.bfloat16 else self.sdpa
+        kernel: Kernel = self.manual if softcap else self.sdpa
+        if q_BNTH.device.type == "cpu" and q_BNTH.dtype is torch.bfloat16:
+            kernel = self.blocks
         return kernel(
-            q_BNTH, k_BKSH, v_BKSH, bias, is_causal=is_causal, sink_N=sink_N, dropout=dropout
+            q_BNTH,
+            k_BKSH,
+            v_BKSH,
+            bias,
+            is_causal=is_causal,
+            sink_N=sink_N,
+            dropout=dropout,
+            softcap=softcap,
         )
 
     def flops(self, n_heads: int, head_size: int, seq_len: int, *, sink: bool) -> float:

@@ -1,6 +1,6 @@
-"""Keys and values of the tokens so far, for generation one token at a time."""
+"""What is kept of the tokens so far, for generation one token at a time."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 import torch
@@ -122,3 +122,34 @@ class StreamingCache:
         for store in (self.k, self.v):
             store.update({layer: x[rows] for layer, x in store.items()})
         return self
+
+
+@dataclass
+class StateCache:
+    """The running sums of linear attention: of fixed size, however many tokens have passed.
+
+    Attributes:
+        max_len: tokens a row can pass, padding included.
+        length: tokens so far, padding included; the decoder advances it once a forward.
+        pad_B: tokens of left padding of each row, or None.
+        states: of each layer, sums of ``phi(k) v^T`` ``(B, K, H, H)`` and of ``phi(k)``
+            ``(B, K, H)``.
+    """
+
+    max_len: int
+    length: int = 0
+    pad_B: Tensor | None = None  # noqa: N815 - shape suffix
+    states: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def seen(self, n_tokens: int, device: torch.device) -> Tensor | None:
+        """Bool ``(B, n_tokens)``, False where a new token is padding; None without padding."""
+        if self.pad_B is None:
+            return None
+        index_T = torch.arange(self.length, self.length + n_tokens, device=device)
+        return index_T >= self.pad_B[:, None]
+
+    def keep_rows(self, rows: Tensor) -> None:
+        """Drop all rows but these (int64 indices)."""
+        self.states = {layer: (s[rows], z[rows]) for layer, (s, z) in self.states.items()}
+        if self.pad_B is not None:
+            self.pad_B = self.pad_B[rows]

@@ -3,6 +3,8 @@
 To add one: a class that takes ``(width, eps, bias)`` and registers a name.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -70,3 +72,33 @@ class LayerNorm(Norm):
         x32, weight = at_least_float32(x), at_least_float32(self.weight)
         bias = None if self.bias is None else at_least_float32(self.bias)
         return F.layer_norm(x32, weight.shape, weight, bias, self.eps).to(x.dtype)
+
+
+@NORMS.register("layernorm_nobias", "layer_norm_nobias")
+class LayerNormNoBias(LayerNorm):
+    """`LayerNorm` without an offset, also in a model whose linear layers have biases."""
+
+    def __init__(self, width: int, eps: float, bias: bool = False) -> None:
+        super().__init__(width, eps, bias=False)
+
+
+@NORMS.register("scalenorm", "scale_norm")
+class ScaleNorm(Norm):
+    """One gain for all coordinates: ``g x / max(|x|, eps)`` (arXiv:1910.05895, eq. 5).
+
+    Args:
+        width: size of the normalised axis; the gain starts at its square root.
+        eps: least length that is divided by.
+        bias: for other norms; this method has none.
+    """
+
+    def __init__(self, width: int, eps: float, bias: bool = False) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.full((1,), math.sqrt(width)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., width)`` -> the same shape and dtype."""
+        x32, weight = at_least_float32(x), at_least_float32(self.weight)
+        length: Tensor = torch.linalg.vector_norm(x32, dim=-1, keepdim=True)
+        return (x32 / length.clamp(min=self.eps) * weight).to(x.dtype)

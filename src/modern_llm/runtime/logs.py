@@ -1,12 +1,16 @@
 """One console and one logger for the package; results go to standard output, the rest here."""
 
+import importlib.util
 import logging
 import time
-from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import track
+
+from modern_llm.errors import ConfigError
 
 LINE_SECONDS = 30.0  # between two lines of progress where there is no terminal
 T = TypeVar("T")
@@ -53,3 +57,55 @@ def counted(items: Iterable[T], what: str, total: int | None = None) -> Iterator
             if time.monotonic() - told >= LINE_SECONDS:
                 told = time.monotonic()
                 log.info("%s: %s", what, f"{done:,}" if total is None else f"{done:,} of {total:,}")
+
+
+def check_trackers(names: Iterable[str]) -> None:
+    """Refuse experiment trackers that are not installed.
+
+    Raises:
+        ConfigError: says which, and how to install them.
+    """
+    if missing := [name for name in names if importlib.util.find_spec(name) is None]:
+        raise ConfigError(
+            f"training.trackers: {', '.join(missing)} not installed: pip install "
+            f"{' '.join(missing)}, or leave out (metrics.jsonl has everything)"
+        )
+
+
+class Trackers:
+    """Copies of scalars for TensorBoard, Weights & Biases and the like, through accelerate.
+
+    Args:
+        names: trackers of accelerate; none costs nothing.
+        folder: where those that write files have them; an offline run of wandb too.
+        run: name of the run there.
+
+    Raises:
+        ConfigError: one is not installed.
+    """
+
+    def __init__(self, names: Sequence[str], *, folder: Path, run: str) -> None:
+        self._accelerator: Any = None
+        if names:
+            check_trackers(names)
+            from accelerate import Accelerator
+
+            self._accelerator = Accelerator(cpu=True, log_with=list(names), project_dir=folder)
+            here = {"wandb": {"dir": str(folder)}} if "wandb" in names else {}
+            self._accelerator.init_trackers(run, init_kwargs=here)
+
+    def log(self, kind: str, row: Mapping[str, Any]) -> None:
+        """Copy the numbers of a row that has a ``step``, each as ``kind/name``."""
+        if self._accelerator is not None:
+            numbers = {
+                f"{kind}/{name}": value
+                for name, value in row.items()
+                if isinstance(value, int | float) and name != "step"
+            }
+            self._accelerator.log(numbers, step=row["step"])
+
+    def close(self) -> None:
+        """Write what is left."""
+        if self._accelerator is not None:
+            self._accelerator.end_training()
+            self._accelerator = None

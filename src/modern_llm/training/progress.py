@@ -5,9 +5,10 @@ from typing import Any, Self
 
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from modern_llm.config import TrainingConfig
 from modern_llm.runtime.artifacts import JsonLines
 from modern_llm.runtime.environment import environment, utc_now
-from modern_llm.runtime.logs import console, get_logger
+from modern_llm.runtime.logs import Trackers, console, get_logger
 
 log = get_logger(__name__)
 
@@ -27,13 +28,14 @@ class RunLog:
     Args:
         rows: append-only log of the stage.
         title: name of the stage, before the bar.
-        total_steps: steps of the whole run.
+        config: how many steps there are, and the trackers that get a copy of the numbers.
     """
 
-    def __init__(self, rows: JsonLines, *, title: str, total_steps: int) -> None:
+    def __init__(self, rows: JsonLines, *, title: str, config: TrainingConfig) -> None:
         self.rows = rows
+        self.trackers = Trackers(config.trackers, folder=rows.path.parent, run="trackers")
         self.title = title
-        self.total_steps = total_steps
+        self.total_steps = config.max_steps
         self._bar: Progress | None = None
         self._task = TaskID(0)
 
@@ -58,6 +60,7 @@ class RunLog:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self.trackers.close()
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
@@ -70,7 +73,7 @@ class RunLog:
 
     def train(self, row: dict[str, Any], *, eta_s: float) -> None:
         """One train row; ``eta_s`` is the time left in seconds."""
-        self.rows.append({"kind": "train", **row})
+        self._keep("train", row)
         if self._bar is not None:
             self._bar.update(self._task, completed=row["step"], line=describe(row))
         else:
@@ -79,9 +82,14 @@ class RunLog:
 
     def evaluation(self, row: dict[str, Any]) -> None:
         """One row of a validation pass."""
-        self.rows.append({"kind": "eval", **row})
+        self._keep("eval", row)
         facts = "  ".join(f"{k} {v:.4f}" for k, v in row.items() if isinstance(v, float))
         log.info("%s %d  validation %s", self.title, row["step"], facts)
+
+    def _keep(self, kind: str, row: dict[str, Any]) -> None:
+        """Write a row, and copy it to the trackers unless an earlier start has."""
+        if self.rows.append({"kind": kind, **row}):
+            self.trackers.log(kind, row)
 
     def saved(self, row: dict[str, Any]) -> None:
         """One row of a checkpoint."""

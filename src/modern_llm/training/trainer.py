@@ -239,12 +239,11 @@ class Trainer:
             ProtectedPathError: a checkpoint cannot be written; the last good one stands.
         """
         rows = JsonLines(self.folder / "metrics.jsonl")
-        total = self.config.max_steps
         self._restore()
         self._last_row = replace(self.progress)
         if self.flops_per_token is not None:
             self.peak = peak_flops(self.device, self.config.precision)
-        with RunLog(rows, title=self.folder.name, total_steps=total) as self.run_log:
+        with RunLog(rows, title=self.folder.name, config=self.config) as self.run_log:
             self._tell_start()
             try:
                 with StopSignal() as stop:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from modern_llm.config import TrainingConfig
 from modern_llm.errors import DataError, DivergedError
 from modern_llm.runtime.devices import autocast
+from modern_llm.training.gradients import gradient_statistics
 from modern_llm.training.objectives import Objective, Terms
 from modern_llm.training.optim import build_optimizers
 from modern_llm.training.records import WAY_OUT, FirstLoss, StepStats
@@ -81,6 +82,9 @@ class Update:
         self._check_finite(loss, grad_norm, step=step, micro_batches=micro_batches)
         if first_loss is not None:
             first_loss.check(loss)
+        every = self.config.grad_log_every
+        due = every > 0 and (step + 1) % every == 0
+        gradients = gradient_statistics(self.model.named_parameters()) if due else {}
         if grad_norm > self.config.max_grad_norm:
             nn.utils.clip_grads_with_norm_(self._parameters, self.config.max_grad_norm, norm)
         factor = self.schedule.factor(step)
@@ -89,7 +93,7 @@ class Update:
             self.optimizers.step(self.scaler)
         self.scaler.update()
         self.optimizers.zero_grad()
-        means = {name: value / units for name, value in sums.metrics.items()}
+        means = {name: value / units for name, value in sums.metrics.items()} | gradients
         return StepStats(loss, grad_norm, self.config.lr * factor, units, tokens, means)
 
     def _backward(self, micro_batches: Sequence[Any], units: int) -> Terms:

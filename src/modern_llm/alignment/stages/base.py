@@ -299,7 +299,7 @@ class TrainedStage(Stage):
                     "params": sum(p.numel() for p in model.parameters()),
                     "active_params": cost.active_params,
                     "flops_per_token": cost.flops_per_token_training,
-                    "summary": summary(decoder.config),
+                    "summary": decoder.config.short_name,
                 },
                 "provenance": self.provenance(seed=training.seed, restarts=fit.restarts),
             },
@@ -313,13 +313,3 @@ def decoder_of(model: nn.Module) -> ModernDecoderLM:
     decoder = getattr(model, "trunk", model)
     assert isinstance(decoder, ModernDecoderLM)
     return decoder
-
-
-def summary(config: ModelConfig) -> str:
-    """One line that names a decoder: layers, heads, width and components."""
-    kv = "" if config.n_kv_heads == config.n_heads else f"/{config.n_kv_heads}"
-    ffn = config.ffn.name if config.moe is None else f"{config.ffn.name} x{config.moe.n_experts}"
-    return (
-        f"{config.n_layers} layers, {config.n_heads}{kv} heads, {config.d_model} wide, "
-        f"{config.position.name}, {config.norm.name} ({config.norm_position}), {ffn}"
-    )
