@@ -171,3 +171,23 @@ def make_disk(tmp_path: Path) -> Iterator[Callable[..., Path]]:
     yield make
     for disk in mounted:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.fixture
+def metric_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A place of its own for the scripts of ``evaluate``, which imports them as one package.
+
+    Python keeps that package: a second place would not be looked into in the same process.
+    """
+
+    def forget() -> None:
+        for name in [name for name in sys.modules if name.startswith("evaluate_modules")]:
+            del sys.modules[name]
+
+    config = pytest.importorskip("evaluate").config
+    monkeypatch.setattr(config, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(config, "HF_METRICS_CACHE", str(tmp_path / "metrics"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    forget()
+    yield
+    forget()

@@ -232,6 +232,7 @@ def test_a_metric_out_of_reach_is_told(
     assert "no_metric" in missing.what and "local copy" in missing.why
 
 
+@pytest.mark.usefixtures("metric_cache")
 def test_a_local_metric_is_computed(
     tiny: PipelineConfig, policy: ModernDecoderLM, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:

@@ -1,4 +1,3 @@
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +27,9 @@ class SameLength(evaluate.Metric):
 """
 
 
-@pytest.fixture
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    config = pytest.importorskip("evaluate").config
-    monkeypatch.setattr(config, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(config, "HF_METRICS_CACHE", str(tmp_path / "metrics"))
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    return tmp_path
-
-
-def test_a_local_metric(own_cache: Path) -> None:
-    folder = own_cache / "same_length"
+@pytest.mark.usefixtures("metric_cache")
+def test_a_local_metric(tmp_path: Path) -> None:
+    folder = tmp_path / "same_length"
     folder.mkdir()
     (folder / "same_length.py").write_text(SCRIPT)
     results = text_metric(str(folder), ["ab", "c", "d"], ["xy", "z", "long"], key="t")

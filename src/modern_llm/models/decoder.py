@@ -254,7 +254,7 @@ class ModernDecoderLM(WeightsMixin):
     def compute_dtype(self) -> torch.dtype:
         """Dtype of matrix products: autocast's where it is on, else that of the weights."""
         device = self.embedding.weight.device.type
-        if torch.is_autocast_enabled(device):
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             return torch.get_autocast_dtype(device)
         return self.embedding.weight.dtype
 
