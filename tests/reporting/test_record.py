@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from fake_run import dump, load
 
+from modern_llm.config import config_sha256
 from modern_llm.errors import DataError
 from modern_llm.reporting.record import check_run
 
@@ -44,6 +45,20 @@ def test_a_good_run_passes_after_a_move_and_with_absolute_paths(fake: Path, tmp_
     shutil.move(fake, moved)
 
     assert check_run(moved) == []
+
+
+def test_a_run_of_a_version_with_fewer_fields_passes(fake: Path) -> None:
+    """Its hash was made of the fields that there were."""
+    path = fake / "config.json"
+    config = json.loads(path.read_text())
+    before = config_sha256(config)
+    del config["plugins"]
+    after = config_sha256(config)
+    assert before != after
+    path.write_text(json.dumps(config))
+    for file in (*fake.glob("*/metrics.jsonl"), *fake.glob("*/result.json")):
+        file.write_text(file.read_text().replace(before, after))
+    assert check_run(fake) == []
 
 
 def test_a_restarted_run_passes(fake: Path) -> None:

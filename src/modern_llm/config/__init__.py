@@ -24,6 +24,7 @@ from modern_llm.config.pipeline import (
     TextMetricTask,
     VerifierConfig,
     check_run_name,
+    config_sha256,
 )
 from modern_llm.config.schema import Component, Schema, SourceConfig
 from modern_llm.config.training import TrainingConfig
@@ -52,6 +53,7 @@ __all__ = [
     "TrainingConfig",
     "VerifierConfig",
     "check_run_name",
+    "config_sha256",
     "get_pipeline_preset",
     "json_schema",
     "list_presets",

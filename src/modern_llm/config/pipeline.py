@@ -23,6 +23,7 @@ from modern_llm.runtime.artifacts import sha256_json, to_json
 
 STAGES = ("pretrain", "sft", "dpo", "verifier", "eval")
 TRAINED_STAGES = STAGES[:-1]
+LOGGING = ("log_every", "grad_log_every", "save_every", "keep_last", "trackers")
 # What a stage does not take from the section that all share, because it would do nothing there.
 NOT_SHARED = {"sft": {"doc_mask"}, "dpo": {"doc_mask", "seq_len"}, "verifier": {"doc_mask"}}
 
@@ -303,13 +304,21 @@ class PipelineConfig(Schema):
 
     def sha256(self) -> str:
         """Hash of all that can change a number; names, places and logging are left out."""
-        value = self.model_dump(mode="json", exclude={"name", "description", "paths", "training"})
-        for key in ("root", "cache_dir"):
-            value["data"].pop(key)
-        for stage in TRAINED_STAGES:
-            for key in ("log_every", "grad_log_every", "save_every", "keep_last", "trackers"):
-                value[stage]["training"].pop(key)
-        return sha256_json(value)
+        return config_sha256(self.model_dump(mode="json"))
+
+
+def config_sha256(config: Mapping[str, Any]) -> str:
+    """`PipelineConfig.sha256` of a resolved config as ``config.json`` has it.
+
+    A later version has more fields, so the file's own are what an earlier run's hash was made of.
+    """
+    neutral = ("name", "description", "paths", "training")
+    value = {key: section for key, section in config.items() if key not in neutral}
+    value["data"] = {k: v for k, v in value["data"].items() if k not in ("root", "cache_dir")}
+    for stage in TRAINED_STAGES:
+        training = {k: v for k, v in value[stage]["training"].items() if k not in LOGGING}
+        value[stage] = {**value[stage], "training": training}
+    return sha256_json(value)
 
 
 def _pair_tokens(section: Mapping[str, Any]) -> int:

@@ -12,7 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from modern_llm.config import PipelineConfig
+from modern_llm.config import PipelineConfig, config_sha256
 from modern_llm.reporting.results import read_run
 from modern_llm.reporting.values import Checkpoint, Run, StageRun
 from modern_llm.runtime.artifacts import sha256_file, sha256_json
@@ -56,11 +56,12 @@ def check_run(run: Path) -> list[Problem]:
     return problems
 
 
-def _config(run: Path, problems: list[Problem]) -> PipelineConfig | None:
-    """The config of config.json; ``None`` when it cannot be had."""
+def _config(run: Path, problems: list[Problem]) -> dict[str, Any] | None:
+    """What config.json says, which is a config; ``None`` when it cannot be had."""
     try:
-        value = json.loads((run / "config.json").read_text(encoding="utf-8"))
-        return PipelineConfig.model_validate(value)
+        value: dict[str, Any] = json.loads((run / "config.json").read_text(encoding="utf-8"))
+        PipelineConfig.model_validate(value)
+        return value
     except FileNotFoundError:
         return None  # named by read_run
     except ValueError as error:
@@ -129,7 +130,7 @@ def _check_rows(stage: StageRun, where: str) -> Iterator[Problem]:
         yield Problem(where, "tokens never fall", "the cumulative count goes down")
 
 
-def _check_provenance(stage: StageRun, config: PipelineConfig | None) -> Iterator[Problem]:
+def _check_provenance(stage: StageRun, config: dict[str, Any] | None) -> Iterator[Problem]:
     where = f"{stage.name}/metrics.jsonl"
     starts = stage.rows("start")
     for row in starts:
@@ -145,11 +146,11 @@ def _check_provenance(stage: StageRun, config: PipelineConfig | None) -> Iterato
     where, made = f"{stage.name}/result.json", stage.provenance
     if config is not None:
         # A Trainer knows its own section only, and may record the hash of that.
-        section = config.stage(stage.name).training.model_dump(mode="json")
-        for found in sorted(hashes - {config.sha256(), sha256_json(section)}):
+        whole, section = config_sha256(config), config[stage.name]["training"]
+        for found in sorted(hashes - {whole, sha256_json(section)}):
             rule = "the config recorded is that of config.json"
             yield Problem(f"{stage.name}/metrics.jsonl", rule, f"start rows have {found[:12]}")
-        if made.config_sha256 not in ("", config.sha256()):
+        if made.config_sha256 not in ("", whole):
             rule = "the config recorded is that of config.json"
             yield Problem(where, rule, f"it has {made.config_sha256[:12]}")
     if stage.status != "finished":
