@@ -93,7 +93,7 @@ def as_percent() -> Any:
     """Axis labels of fractions as whole percent."""
     from matplotlib.ticker import PercentFormatter
 
-    return PercentFormatter(1.0, decimals=0)
+    return PercentFormatter(1.0)  # as many decimals as the ticks need
 
 
 def panels(figure: Any, count: int) -> list[Any]:
