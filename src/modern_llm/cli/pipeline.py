@@ -1,0 +1,169 @@
+"""Commands that train, evaluate and report."""
+
+import argparse
+import shlex
+from pathlib import Path
+
+from modern_llm.cli.arguments import add_config, add_place, add_policy, config_of
+from modern_llm.config import STAGES, PipelineConfig, load_config
+from modern_llm.errors import ConfigError
+from modern_llm.runtime.artifacts import Policy
+from modern_llm.runtime.signals import stop_at_once
+
+
+def run_arguments(parser: argparse.ArgumentParser, *, named: bool = True) -> None:
+    """Config, place and policy of a run; ``named``: see `add_config`."""
+    add_config(parser, named=named)
+    add_place(parser)
+    parser.add_argument("--max-steps", type=int, help="cap each trained stage (smoke runs)")
+    parser.add_argument("--resume", action="store_true", help="go on with a run, or refuse")
+    parser.add_argument(
+        "--allow-data-change", action="store_true", help="go on although the data changed"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything, print the plan, write nothing"
+    )
+    add_policy(parser)
+
+
+def stage_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those of a run, and which stage."""
+    run_arguments(parser)
+    parser.add_argument("--stage", default="all", choices=[*STAGES, "all"])
+    parser.add_argument("--checkpoint", type=Path, help="start here, not from the stage before")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run stages, write report and ledger, show them."""
+    config = config_of(args)
+    from modern_llm.alignment.pipeline import AlignmentPipeline
+
+    stage, checkpoint = getattr(args, "stage", "all"), getattr(args, "checkpoint", None)
+    if checkpoint is not None and stage == "all":
+        raise ConfigError("--checkpoint needs --stage: which stage is to start from it?")
+    origin = {"preset": args.config, "command": shlex.join(["modern-llm", *args.command])}
+    pipeline = AlignmentPipeline(
+        config, origin=origin, on_exists=args.on_exists, resume=args.resume,
+        allow_data_change=args.allow_data_change,
+    )  # fmt: skip
+    if args.dry_run:
+        from modern_llm.alignment.plan import print_plan
+
+        return print_plan(config, pipeline.preflight(stage, checkpoint=checkpoint))
+    with stop_at_once():
+        outcome = pipeline.run(stage, checkpoint=checkpoint)
+        if outcome is not None:
+            _conclude(outcome.run, config, changed=bool(outcome.ran), on_exists=args.on_exists)
+    return 0
+
+
+def train(args: argparse.Namespace) -> int:
+    """Run one stage with flags of other projects."""
+    from modern_llm.experiments.train_flags import translate
+
+    args.overrides += translate(args.flags)
+    return run(args)
+
+
+def _conclude(run: Path, config: PipelineConfig, *, changed: bool, on_exists: Policy) -> None:
+    """Write report and ledger, unless the newest report tells all that there is; show both."""
+    from modern_llm.reporting.console import print_summary
+    from modern_llm.reporting.ledger import record_scores
+    from modern_llm.reporting.report import is_current, newest_report, write_report
+
+    path = newest_report(run, config.paths.report)
+    if changed or path is None or not is_current(path, run):
+        path = write_report(run, config.paths.report, on_exists=on_exists) or path
+    record_scores(run, config.paths.ledger)  # each once, also after a stop before this line
+    print_summary(run)
+    print(f"run:    {run}\nreport: {path or 'none'}")
+
+
+def train_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those of a run of pretraining alone."""
+    run_arguments(parser, named=False)
+    parser.set_defaults(stage="pretrain")
+
+
+def eval_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those of a run of the eval stage alone."""
+    run_arguments(parser)
+    parser.add_argument("--checkpoint", type=Path, help="evaluate this one only")
+    parser.set_defaults(stage="eval")
+
+
+def plan_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those of a run that computes nothing."""
+    stage_arguments(parser)
+    parser.set_defaults(dry_run=True)
+
+
+def compare_arguments(parser: argparse.ArgumentParser) -> None:
+    """Config, checkpoints and baselines."""
+    add_config(parser)
+    add_place(parser)
+    add_policy(parser)
+    parser.add_argument(
+        "--checkpoints", nargs="+", type=Path, required=True, metavar="PATH",
+        help="checkpoint folders; the first is what the others are compared with",
+    )  # fmt: skip
+    parser.add_argument(
+        "--baseline", action="append", default=[], metavar="NAME|PATH",
+        help="a transformers model beside them, such as gpt2 or a local folder",
+    )  # fmt: skip
+
+
+def compare(args: argparse.Namespace) -> int:
+    """Evaluate checkpoints side by side."""
+    # argparse gives --checkpoints all that follows it, overrides too.
+    folders = [path for path in args.checkpoints if "=" not in str(path) or path.exists()]
+    args.overrides += [str(path) for path in args.checkpoints if path not in folders]
+    config = config_of(args)
+    from modern_llm.alignment.comparison import compare_checkpoints, comparison_path
+
+    written = compare_checkpoints(
+        config, folders, baselines=args.baseline, on_exists=args.on_exists
+    )
+    print(f"result: {written}" if written else f"{comparison_path(config)} exists; left as it is")
+    return 0
+
+
+def report_arguments(parser: argparse.ArgumentParser) -> None:
+    """Run folder and place."""
+    parser.add_argument("run", type=Path, help="run folder, such as experiments/runs/local-smoke")
+    parser.add_argument("--report-dir", type=Path, default=Path("report"))
+    add_policy(parser)
+
+
+def report(args: argparse.Namespace) -> int:
+    """Rebuild a report."""
+    from modern_llm.reporting.report import report_path, write_report
+
+    written = write_report(args.run, args.report_dir, on_exists=args.on_exists)
+    print(written or f"{report_path(args.run, args.report_dir)} exists; left as it is")
+    return 0
+
+
+def verify_arguments(parser: argparse.ArgumentParser) -> None:
+    """Run folder."""
+    parser.add_argument("run", type=Path, help="run folder")
+
+
+def verify(args: argparse.Namespace) -> int:
+    """Print every problem of a record; exit code 1 when there is one."""
+    from modern_llm.reporting.record import check_run
+
+    problems = check_run(args.run)
+    for problem in problems:
+        print(problem)
+    print(f"{args.run}: {len(problems)} problems")
+    return 1 if problems else 0
+
+
+def prepare(args: argparse.Namespace) -> int:
+    """Tokenize all data of a config."""
+    config = load_config(args.config, args.overrides)
+    from modern_llm.alignment.preparation import prepare_data
+
+    prepare_data(config)
+    return 0
