@@ -150,7 +150,7 @@ class Place:
         """The command line in this process, without the report where that is not looked at."""
         with pytest.MonkeyPatch.context() as patch:
             if not report:
-                patch.setattr(cli, "_conclude", lambda *args, **kwargs: None)
+                patch.setattr(cli.pipeline, "_conclude", lambda *args, **kwargs: None)
             return cli.main([command, "--config", str(self.config), *map(str, arguments)])
 
     def runs(self) -> list[str]:

@@ -23,6 +23,11 @@ def run_arguments(parser: argparse.ArgumentParser, *, named: bool = True) -> Non
     parser.add_argument(
         "--dry-run", action="store_true", help="check everything, print the plan, write nothing"
     )
+    parser.add_argument(
+        "--no-report",
+        action="store_true",
+        help="write neither report nor ledger; 'report' can later",
+    )
     add_policy(parser)
 
 
@@ -52,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         return print_plan(config, pipeline.preflight(stage, checkpoint=checkpoint))
     with stop_at_once():
         outcome = pipeline.run(stage, checkpoint=checkpoint)
-        if outcome is not None:
+        if outcome is not None and not args.no_report:
             _conclude(outcome.run, config, changed=bool(outcome.ran), on_exists=args.on_exists)
     return 0
 

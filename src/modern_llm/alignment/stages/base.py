@@ -4,7 +4,6 @@ Stages hand over by files only. A stage that is finished is not run again, one t
 goes on from its last checkpoint, and one whose parent is another than before is refused.
 """
 
-import itertools
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -17,10 +16,10 @@ import torch
 from torch import nn
 
 from modern_llm.alignment.sampling import continue_text
-from modern_llm.config import ModelConfig, PipelineConfig, SourceConfig, StageConfig
+from modern_llm.config import ModelConfig, PipelineConfig, StageConfig
 from modern_llm.data.collate import Batch
 from modern_llm.data.loader import Loader
-from modern_llm.data.sources import open_source
+from modern_llm.data.pretraining import in_turns, stage_sources
 from modern_llm.data.sources.base import RowCounts, Source
 from modern_llm.data.templates import TEMPLATE_HASH
 from modern_llm.data.tokenizer import Tokenizer
@@ -208,15 +207,11 @@ class TrainedStage(Stage):
 
     def sources(self, split: str) -> list[Source]:
         """The stage's sources; ``validation`` has its own list where the config gives one."""
-        chosen: Sequence[SourceConfig] = self.section.data
-        if split == "validation" and self.section.validation is not None:
-            chosen = self.section.validation
-        return [open_source(source, self.config.data) for source in chosen]
+        return stage_sources(self.section, self.config.data, split)
 
     def rows(self, split: str, counts: RowCounts | None = None) -> Iterator[dict[str, Any]]:
         """Rows of a split, the sources in turn: each has its part where not all are read."""
-        turns = itertools.zip_longest(*(s.rows(split, counts) for s in self.sources(split)))
-        return (row for turn in turns for row in turn if row is not None)
+        return in_turns(self.sources(split), split, counts)
 
     def evaluate(self, model: nn.Module) -> dict[str, Any]:
         """Mean loss and metrics of the objective over the whole validation split."""

@@ -1,7 +1,7 @@
 """Pretraining: next-token prediction on packed text."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -11,9 +11,9 @@ from modern_llm.alignment.stages.base import STAGES, TrainedStage
 from modern_llm.config import PretrainConfig
 from modern_llm.data.collate import TokenBatch
 from modern_llm.data.loader import TextLoader
-from modern_llm.data.prepare import text_store
+from modern_llm.data.pretraining import new_tokenizer, training_stores, validation_store
 from modern_llm.data.store import TokenStore
-from modern_llm.data.tokenizer import Tokenizer, build_tokenizer
+from modern_llm.data.tokenizer import Tokenizer
 from modern_llm.models import ModernDecoderLM
 from modern_llm.runtime.seeding import derive_seed, seed_everything
 from modern_llm.training.checkpoint import TOKENIZER
@@ -46,28 +46,17 @@ class PretrainStage(TrainedStage):
             return read_tokenizer(self.parent)
         if self.allow_data_change and (last := newest_good(self.folder / "checkpoints")):
             return Tokenizer.load(last / TOKENIZER)
-        return build_tokenizer(
-            self.config.tokenizer, vocab_size=self.config.model.vocab_size,
-            texts=self._texts, data=self.config.data,
-        )  # fmt: skip
-
-    def _texts(self) -> Iterator[str]:
-        """Training text that the tokenizer is fitted to."""
-        return (row["text"] for row in self.rows("train"))
+        return new_tokenizer(self.config)
 
     @cached_property
     def stores(self) -> list[TokenStore]:
         """Training text, one store a source."""
-        data = self.config.data
-        return [text_store([s], "train", self.tokenizer, data) for s in self.sources("train")]
+        return training_stores(self.config, self.tokenizer)
 
     @cached_property
     def validation_store(self) -> TokenStore:
         """Held-out text."""
-        return text_store(
-            self.sources("validation"), "validation", self.tokenizer, self.config.data,
-            max_rows=self.section.max_validation_rows,
-        )  # fmt: skip
+        return validation_store(self.config, self.tokenizer)
 
     def _loader(self, stores: list[TokenStore], weights: list[float | None]) -> TextLoader:
         training = self.section.training
