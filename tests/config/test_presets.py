@@ -23,7 +23,11 @@ from modern_llm.config.schema import SourceConfig
 from modern_llm.errors import ConfigError
 from modern_llm.models import ModernDecoderLM
 
-FILES = sorted(p for p in presets_folder().rglob("*.json") if p.name != "schema.json")
+FILES = sorted(
+    path
+    for path in presets_folder().rglob("*.json")
+    if path.name != "schema.json" and path.parent.name != "studies"
+)
 PRESETS = list_presets()
 
 

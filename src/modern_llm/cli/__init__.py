@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modern_llm import __version__
-from modern_llm.cli import listing, models, pipeline
+from modern_llm.cli import experiments, listing, models, pipeline
 from modern_llm.cli.arguments import add_config
 from modern_llm.errors import ModernLLMError
 from modern_llm.registry import load_plugin
@@ -68,6 +68,12 @@ COMMANDS = {
         "write a checkpoint for transformers", models.export_arguments, models.export
     ),
     "prepare-data": Command("tokenize the data of a config ahead", add_config, pipeline.prepare),
+    "experiment": Command(
+        "train the arms of a study and compare them", experiments.study_arguments, experiments.study
+    ),
+    "compare-architectures": Command(
+        "compare results of experiments", experiments.compare_arguments, experiments.compare
+    ),
     "presets": Command("list the presets", listing.no_arguments, listing.presets),
     "schema": Command("print the JSON Schema of configs", listing.no_arguments, listing.schema),
 }

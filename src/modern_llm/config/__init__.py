@@ -27,6 +27,7 @@ from modern_llm.config.pipeline import (
     config_sha256,
 )
 from modern_llm.config.schema import Component, Schema, SourceConfig
+from modern_llm.config.study import Hold, StudyConfig, as_overrides, list_studies, load_study
 from modern_llm.config.training import TrainingConfig
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "DataConfig",
     "EvalConfig",
     "EvalTask",
+    "Hold",
     "MoEConfig",
     "ModelConfig",
     "PerplexityTask",
@@ -48,14 +50,18 @@ __all__ = [
     "Schema",
     "SourceConfig",
     "StageConfig",
+    "StudyConfig",
     "TextMetricTask",
     "TokenizerConfig",
     "TrainingConfig",
     "VerifierConfig",
+    "as_overrides",
     "check_run_name",
     "config_sha256",
     "get_pipeline_preset",
     "json_schema",
     "list_presets",
+    "list_studies",
     "load_config",
+    "load_study",
 ]

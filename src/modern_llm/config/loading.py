@@ -82,7 +82,12 @@ def _locate(name: str, *, base: Path | None) -> Path:
     return preset
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_file(path: Path) -> dict[str, Any]:
+    """One object of sections from a JSON or YAML file; a key that is given twice is refused.
+
+    Raises:
+        ConfigError: it cannot be read, or holds something else.
+    """
     try:
         text = path.read_text()
         if path.suffix == ".json":
@@ -124,7 +129,7 @@ def _read_with_parents(path: Path, *, seen: tuple[Path, ...]) -> dict[str, Any]:
     path = path.resolve()
     if path in seen:
         raise ConfigError(f"{path}: extends itself through {' -> '.join(p.name for p in seen)}")
-    own = _read(path)
+    own = read_file(path)
     own.pop("$schema", None)
     parent_name = own.pop("extends", None)
     if isinstance(own.get("model"), dict):
@@ -171,6 +176,14 @@ def _keys(item: str) -> list[str]:
     return item.partition("=")[0].strip().removeprefix("--").split(".")
 
 
+def value_of(text: str) -> Any:
+    """The value of an override: JSON, or Python's ``True``, ``False`` and ``None``, else text."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return {"True": True, "False": False, "None": None}.get(text, text)
+
+
 def _override(raw: dict[str, Any], item: str) -> str | None:
     """Apply one ``section.field=value`` in place; returns a problem, if any."""
     _, separator, text = item.partition("=")
@@ -179,10 +192,7 @@ def _override(raw: dict[str, Any], item: str) -> str | None:
         return f"override {item!r}: write section.field=value, such as training.lr=3e-4"
     if keys[0] == "model" and len(keys) > 1:
         keys[1] = ALIASES.get(keys[1], keys[1])
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
-        value = {"True": True, "False": False, "None": None}.get(text, text)
+    value = value_of(text)
     if keys == ["model", "ffn"] and isinstance(value, str | dict):
         _forget_activation(raw, value)
     if keys[0] == "training" and len(keys) > 1:  # for every stage, so the stages' own give way

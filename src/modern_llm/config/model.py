@@ -11,7 +11,7 @@ from pydantic import (
     model_validator,
 )
 
-from modern_llm.config.schema import Component, Schema, count_of
+from modern_llm.config.schema import OPTIONAL, Component, Schema, count_of
 
 # Three matrices, so their default width is 8/3 of d_model; their nonlinearity is their own. That no
 # gated feed-forward of `modern_llm.models` is missing here is tested there.
@@ -96,7 +96,7 @@ class ModelConfig(Schema):
     d_model: PositiveInt
     n_layers: PositiveInt
     n_heads: PositiveInt
-    n_kv_heads: PositiveInt  # default: n_heads
+    n_kv_heads: Annotated[PositiveInt, WithJsonSchema(OPTIONAL)]  # default, and null: n_heads
     d_ff: Annotated[
         PositiveInt, WithJsonSchema(WIDTH)
     ]  # a width, or a rule (see `width_of`); default: 4x, of a gated one 8/3
@@ -129,7 +129,8 @@ class ModelConfig(Schema):
         value = canonical_names(value)
         # What is wrong with these two is told there: then any default will do.
         heads, width = (count_of(value.get(name)) or 1 for name in ("n_heads", "d_model"))
-        value.setdefault("n_kv_heads", heads)
+        if value.get("n_kv_heads") is None:
+            value["n_kv_heads"] = heads
         ffn = value.get("ffn", "swiglu")
         name = ffn.get("name", "swiglu") if isinstance(ffn, dict) else getattr(ffn, "name", ffn)
         rule = value.get("d_ff", "8/3" if name in GATED_FFNS else "4x")

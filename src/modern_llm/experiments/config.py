@@ -1,0 +1,95 @@
+"""What one experiment is: an architecture, how it is trained, and from which seeds."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from modern_llm.config import PipelineConfig, check_run_name, load_config
+from modern_llm.errors import ConfigError
+from modern_llm.experiments.train_flags import translate
+
+
+@dataclass(frozen=True, init=False)
+class ExperimentConfig:
+    """One architecture, trained once from each seed.
+
+    ``ExperimentConfig("wide", num_heads=8, hidden_size=320, max_steps=500, seeds=[0, 1, 2])``
+
+    Args:
+        experiment_name: of the result; letters, digits, ``.``, ``_`` and ``-``.
+        preset: preset or config file that says whatever is not said here.
+        overrides: ``section.field=value``, as on the command line.
+        num_epochs: passes over the training text, in place of ``max_steps``.
+        seeds: of weights and data order; experiments with the same seeds are compared in pairs.
+        threads: of each training on a CPU.
+        output: folder of all runs.
+        plugins: files that register components of your own.
+        fields: fields of the model and of its training, by our names or those of other projects:
+            ``num_layers=4, position="rope", learning_rate=1e-3, batch_size=16, dataset="..."``.
+
+    Raises:
+        ConfigError: a field is unknown or a value is not legal; all problems at once.
+    """
+
+    experiment_name: str
+    preset: str
+    overrides: tuple[str, ...]
+    num_epochs: float | None
+    seeds: tuple[int, ...]
+    threads: int
+    output: Path
+    plugins: tuple[Path, ...] = field(default=())
+
+    def __init__(
+        self,
+        experiment_name: str,
+        *,
+        preset: str = "gpt2",
+        overrides: Sequence[str] = (),
+        num_epochs: float | None = None,
+        seeds: Sequence[int] = (0,),
+        threads: int = 1,
+        output: Path | str = Path("experiments/runs"),
+        plugins: Sequence[Path] = (),
+        **fields: Any,
+    ) -> None:
+        flags = [f"--{name}={json.dumps(value)}" for name, value in fields.items()]
+        values = {
+            "experiment_name": experiment_name,
+            "preset": preset,
+            "overrides": (*translate(flags), *overrides),
+            "num_epochs": num_epochs,
+            "seeds": tuple(seeds),
+            "threads": threads,
+            "output": Path(output),
+            "plugins": tuple(plugins),
+        }
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+        self._check()
+
+    def _check(self) -> None:
+        try:
+            check_run_name(self.experiment_name)
+        except ValueError as error:
+            raise ConfigError(f"experiment_name: {error}") from None
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ConfigError(f"seeds={list(self.seeds)}: at least one, and each once")
+        if self.num_epochs is not None and not 0 < self.num_epochs < math.inf:
+            raise ConfigError(f"num_epochs={self.num_epochs} must be above 0")
+        self.pipeline(self.seeds[0])
+
+    def pipeline(self, seed: int, *, max_steps: int | None = None) -> PipelineConfig:
+        """Config of the run of one seed.
+
+        Args:
+            seed: of weights and data order.
+            max_steps: in place of what preset and overrides say.
+        """
+        own = [f"seed={seed}", f"pretrain.training.threads={self.threads}"]
+        own += [] if max_steps is None else [f"pretrain.training.max_steps={max_steps}"]
+        own += [f"paths.output={json.dumps(str(self.output))}"]
+        return load_config(self.preset, [*self.overrides, *own])

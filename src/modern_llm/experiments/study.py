@@ -1,0 +1,221 @@
+"""A study from its config to its comparison: arms on equal terms, all cells, one report."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from modern_llm.config import PipelineConfig, StudyConfig, as_overrides, load_config
+from modern_llm.errors import ConfigError, ModernLLMError
+from modern_llm.experiments.cells import Cell, run_cells, slots
+from modern_llm.experiments.compare import comparison_record
+from modern_llm.experiments.config import ExperimentConfig
+from modern_llm.experiments.experiment import ArchitectureExperiment
+from modern_llm.experiments.matching import cost_of, flops_ratio, steps_at, with_params_of
+from modern_llm.experiments.results import ExperimentResult
+from modern_llm.reporting.comparison import write_comparison
+from modern_llm.runtime.artifacts import Policy
+from modern_llm.runtime.logs import get_logger
+
+log = get_logger(__name__)
+SPEED_STEPS = 25  # of a measurement of speed; the first is left out
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a study came to.
+
+    Attributes:
+        folder: of the comparison; ``None`` when fewer than two arms have a result, or another
+            comparison stands and was to be left.
+        results: of every arm that has one.
+        left_out: what has none, and why.
+    """
+
+    folder: Path | None
+    results: tuple[ExperimentResult, ...]
+    left_out: tuple[str, ...]
+
+
+class Study:
+    """Trains every arm from every seed, on equal terms, and compares them.
+
+    Args:
+        config: arms, seeds, and what is held equal.
+        output: folder of all studies; this one's is ``<output>/<name>``.
+        jobs: trainings at the same time; default: one a GPU, or as many as there are cores for.
+        plugins: files that register components.
+
+    Raises:
+        ConfigError: every arm that cannot be, unless it is of a grid, where it is left out.
+    """
+
+    def __init__(
+        self,
+        config: StudyConfig,
+        *,
+        output: Path,
+        jobs: int | None = None,
+        plugins: Sequence[Path] = (),
+    ) -> None:
+        self.config = config
+        self.folder = output / config.name
+        self.jobs, self.plugins = jobs, tuple(plugins)
+        self.left_out: list[str] = []
+        self._overrides = self._legal_arms()
+
+    @cached_property
+    def reference(self) -> str:
+        """Name of the arm that the others are compared with."""
+        names = list(self._overrides)
+        if self.config.reference is None:
+            return names[0]
+        if self.config.reference not in names:
+            raise ConfigError(f"the reference has no legal config: {'; '.join(self.left_out)}")
+        return self.config.reference
+
+    def _legal_arms(self) -> dict[str, list[str]]:
+        """Overrides of every arm whose config is legal."""
+        legal, problems = dict[str, list[str]](), list[str]()
+        for name, changes in self.config.changes().items():
+            overrides = as_overrides({**self.config.overrides, **changes})
+            try:
+                config = load_config(self.config.base, overrides)
+                cost_of(config.model, 1)
+            except ConfigError as error:
+                problems.append(f"{name}: {error}")
+            else:
+                legal[name] = overrides
+        if problems and not self.config.grid:
+            raise ConfigError("\n".join(problems))
+        self.left_out += problems
+        if len(legal) < 2:
+            raise ConfigError("\n".join(["a study needs two legal arms or more", *problems]))
+        return legal
+
+    def _config(self, name: str, overrides: Sequence[str] = ()) -> PipelineConfig:
+        return load_config(self.config.base, [*self._overrides[name], *overrides])
+
+    @cached_property
+    def experiments(self) -> dict[str, ArchitectureExperiment]:
+        """Every arm, with what is held equal put right."""
+        speeds = self.speeds if self.config.hold == "seconds" else {}
+        found = dict[str, ArchitectureExperiment]()
+        for name in self._overrides:
+            try:
+                overrides = self._on_equal_terms(name, speeds)
+            except ConfigError as error:
+                if not self.config.grid:
+                    raise
+                self.left_out.append(f"{name}: {error}")
+            else:
+                found[name] = self._experiment(name, overrides)
+        return found
+
+    def _on_equal_terms(self, name: str, speeds: Mapping[str, float]) -> list[str]:
+        """Overrides of an arm, with those that make it equal to the reference."""
+        config, reference = self._config(name), self._config(self.reference)
+        overrides = list(self._overrides[name])
+        ratio = 1.0
+        if self.config.hold == "params":
+            width = with_params_of(config.model, reference.model).d_ff
+            overrides.append(f"model.d_ff={width}")
+        elif self.config.hold == "flops":
+            ratio = flops_ratio(config, reference)
+        elif self.config.hold == "seconds":
+            ratio = speeds[name] / speeds[self.reference]
+        steps = steps_at(config, reference, ratio=ratio)
+        return [*overrides, f"pretrain.training.max_steps={steps}"]
+
+    def _experiment(self, name: str, overrides: Sequence[str]) -> ArchitectureExperiment:
+        config = ExperimentConfig(
+            name, preset=self.config.base, overrides=overrides, seeds=self.config.seeds,
+            threads=self.config.threads, output=self.folder / "cells", plugins=self.plugins,
+        )  # fmt: skip
+        return ArchitectureExperiment(config, jobs=self.jobs)
+
+    @cached_property
+    def speeds(self) -> dict[str, float]:
+        """Tokens a second of every arm, trained alone: the median of rounds that take turns."""
+        measured: dict[str, list[float]] = {name: [] for name in self._overrides}
+        for turn in range(self.config.speed_rounds):
+            for name in self._overrides:
+                steps = [f"pretrain.training.max_steps={SPEED_STEPS}", "pretrain.training.warmup=0"]
+                experiment = ArchitectureExperiment(
+                    ExperimentConfig(
+                        f"speed-{name}", preset=self.config.base,
+                        overrides=[*self._overrides[name], *steps], seeds=[turn],
+                        threads=self.config.threads, output=self.folder / "speed",
+                        plugins=self.plugins,
+                    )
+                )  # fmt: skip
+                failed = run_cells(experiment.cells, environments=slots(1, self.config.threads))
+                result = experiment.collect(failed)
+                if not result.seeds:
+                    raise ModernLLMError(f"speed of {name}: {'; '.join(result.failed.values())}")
+                measured[name].append(result.seeds[0].tokens_per_s)
+        return {name: median(values) for name, values in measured.items()}
+
+    def run(
+        self, *, command: str = "", on_exists: Policy = "timestamp", metric: str = "final_val_loss"
+    ) -> Outcome:
+        """Train what is missing, compare, and write ``<folder>/comparison``.
+
+        Args:
+            command: that runs it again, for the report.
+            on_exists: what to do where another comparison stands.
+            metric: see `compare_experiments`.
+
+        Raises:
+            StoppedBySignal: a signal came; the same call goes on.
+            ConfigError: the arms do not compare.
+        """
+        begin = time.monotonic()
+        experiments = self.experiments
+        for experiment in experiments.values():
+            assert experiment.text  # tokenized here, and not by every cell at once
+        # All arms of one seed come before the next seed: what is there early can be compared.
+        turns = zip(*(experiment.cells for experiment in experiments.values()), strict=True)
+        cells: list[Cell] = [cell for turn in turns for cell in turn]
+        budget = self.config.budget_s
+        failed = run_cells(
+            cells, environments=slots(self.jobs, self.config.threads),
+            until=None if budget is None else begin + budget,
+        )  # fmt: skip
+        results = list[ExperimentResult]()
+        for name, experiment in experiments.items():
+            result = experiment.collect(failed)
+            if result.seeds:
+                result.save(self.folder / "experiments", on_exists=on_exists)
+                results.append(result)
+            else:
+                reasons = "; ".join(dict.fromkeys(result.failed.values()))
+                self.left_out.append(f"{name}: {reasons}")
+        return self._compared(results, command=command, on_exists=on_exists, metric=metric)
+
+    def _compared(
+        self, results: list[ExperimentResult], *, command: str, on_exists: Policy, metric: str
+    ) -> Outcome:
+        if len(results) < 2:
+            return Outcome(None, tuple(results), tuple(self.left_out))
+        facts: dict[str, Any] = {
+            "description": self.config.description,
+            "command": command,
+            "left_out": self.left_out,
+        }
+        if self.config.speed_rounds:
+            facts["speeds"] = self.speeds
+            facts["speed"] = (
+                f"Tokens/s of training: each experiment alone, the median of "
+                f"{self.config.speed_rounds} rounds that take turns."
+            )
+        names = [result.name for result in results]
+        record = comparison_record(
+            results, reference=self.reference if self.reference in names else None,
+            metric=metric, title=self.config.name, hold=self.config.hold, facts=facts,
+        )  # fmt: skip
+        folder = write_comparison(self.folder / "comparison", record, on_exists=on_exists)
+        return Outcome(folder, tuple(results), tuple(self.left_out))
