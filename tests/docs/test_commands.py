@@ -18,7 +18,7 @@ import pytest
 
 from modern_llm import errors
 from modern_llm.cli import COMMANDS, main, parser_of
-from modern_llm.config import list_presets, load_config
+from modern_llm.config import list_presets, load_config, load_study
 from modern_llm.data.sources.hub import HubSet
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,6 +29,8 @@ PLUGINS = re.compile(r"<!-- file: (\w+\.py) -->\n```python\n(.*?)```", re.DOTALL
 CHEAP = ("presets", "schema", "report", "verify", "generate", "chat", "--help")
 PARSED_ONLY = {
     "compare": "evaluates; tests/alignment runs it",
+    "compare-architectures": "needs results of experiments; tests/experiments runs it",
+    "experiment": "trains; tests/experiments runs it",
     "export": "imports transformers; tests/interop runs it",
     "prepare-data": "tokenizes a whole data set; tests/data runs it",
 }
@@ -170,7 +172,11 @@ def test_other_commands(line: str) -> None:
 def test_config_files_shown_are_valid(block: str, tmp_path: Path) -> None:
     path = tmp_path / "mine.json"
     path.write_text(block)
-    shown, config = json.loads(block), load_config(path)
+    shown = json.loads(block)
+    if "arms" in shown:
+        assert load_study(str(path)).changes().keys() == shown["arms"].keys()
+        return
+    config = load_config(path)
     assert config.name == "mine"
     assert config.model.n_layers == shown["model"]["n_layers"]
 

@@ -108,20 +108,8 @@ def load_study(name_or_path: str, *, mode: str = "", **changes: Any) -> StudyCon
     Raises:
         ConfigError: all problems at once.
     """
-    path = Path(name_or_path)
-    if path.suffix not in (".json", ".yaml", ".yml"):
-        path = _folder() / f"{name_or_path}.json"
-        if not path.is_file():
-            names = list_studies()
-            raise ConfigError(
-                f"unknown study '{name_or_path}'{suggest(name_or_path, names)} (there are: "
-                f"{', '.join(names)}; or give a path to a .json or .yaml file)"
-            )
-    elif not path.is_file():
-        raise ConfigError(f"{path}: no such study file")
-    raw = read_file(path)
-    raw.pop("$schema", None)
-    raw.setdefault("name", path.stem)
+    path = _locate(name_or_path)
+    raw = _read(path)
     demo = raw.pop("demo", None)
     if mode == "demo":
         if demo is None:
@@ -131,6 +119,29 @@ def load_study(name_or_path: str, *, mode: str = "", **changes: Any) -> StudyCon
         return StudyConfig.model_validate(merge(raw, changes))
     except ValidationError as error:
         raise ConfigError(explain(error, StudyConfig, f"study {path.name}")) from None
+
+
+def _locate(name_or_path: str) -> Path:
+    path = Path(name_or_path)
+    if path.suffix in (".json", ".yaml", ".yml"):
+        if not path.is_file():
+            raise ConfigError(f"{path}: no such study file")
+        return path
+    path = _folder() / f"{name_or_path}.json"
+    if not path.is_file():
+        names = list_studies()
+        raise ConfigError(
+            f"unknown study '{name_or_path}'{suggest(name_or_path, names)} (there are: "
+            f"{', '.join(names)}; or give a path to a .json or .yaml file)"
+        )
+    return path
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A study file over the one that it ``extends``, which extends none."""
+    own = {"name": path.stem, **read_file(path)}
+    parent = own.pop("extends", None)
+    return own if parent is None else merge(read_file(_locate(str(parent))), own)
 
 
 def _folder() -> Path:
