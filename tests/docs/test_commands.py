@@ -26,7 +26,7 @@ PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 RUN = "experiments/runs/local-smoke"
 PLANNED = ("run", "speedrun", "train", "plan", "eval")
 PLUGINS = re.compile(r"<!-- file: (\w+\.py) -->\n```python\n(.*?)```", re.DOTALL)
-CHEAP = ("presets", "schema", "report", "verify", "generate", "chat", "--help")
+CHEAP = ("presets", "schema", "report", "verify", "generate", "chat", "inference", "--help")
 PARSED_ONLY = {
     "compare": "evaluates; tests/alignment runs it",
     "export": "imports transformers; tests/interop runs it",

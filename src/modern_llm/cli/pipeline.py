@@ -4,7 +4,14 @@ import argparse
 import shlex
 from pathlib import Path
 
-from modern_llm.cli.arguments import add_config, add_place, add_policy, config_of
+from modern_llm.cli.arguments import (
+    CHECKPOINT_HELP,
+    add_config,
+    add_place,
+    add_policy,
+    checkpoint_of,
+    config_of,
+)
 from modern_llm.config import STAGES, PipelineConfig, load_config
 from modern_llm.errors import ConfigError
 from modern_llm.runtime.artifacts import Policy
@@ -35,7 +42,10 @@ def stage_arguments(parser: argparse.ArgumentParser) -> None:
     """Those of a run, and which stage."""
     run_arguments(parser)
     parser.add_argument("--stage", default="all", choices=[*STAGES, "all"])
-    parser.add_argument("--checkpoint", type=Path, help="start here, not from the stage before")
+    parser.add_argument(
+        "--checkpoint", type=Path,
+        help=f"start here, not from the stage before: {CHECKPOINT_HELP}",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
@@ -46,6 +56,8 @@ def run(args: argparse.Namespace) -> int:
     stage, checkpoint = getattr(args, "stage", "all"), getattr(args, "checkpoint", None)
     if checkpoint is not None and stage == "all":
         raise ConfigError("--checkpoint needs --stage: which stage is to start from it?")
+    if checkpoint is not None:
+        checkpoint = checkpoint_of(checkpoint, args, stage=stage)
     origin = {"preset": args.config, "command": shlex.join(["modern-llm", *args.command])}
     pipeline = AlignmentPipeline(
         config, origin=origin, on_exists=args.on_exists, resume=args.resume,
@@ -93,7 +105,9 @@ def train_arguments(parser: argparse.ArgumentParser) -> None:
 def eval_arguments(parser: argparse.ArgumentParser) -> None:
     """Those of a run of the eval stage alone."""
     run_arguments(parser)
-    parser.add_argument("--checkpoint", type=Path, help="evaluate this one only")
+    parser.add_argument(
+        "--checkpoint", type=Path, help=f"evaluate this one only: {CHECKPOINT_HELP}"
+    )
     parser.set_defaults(stage="eval")
 
 
@@ -110,7 +124,7 @@ def compare_arguments(parser: argparse.ArgumentParser) -> None:
     add_policy(parser)
     parser.add_argument(
         "--checkpoints", nargs="+", type=Path, required=True, metavar="PATH",
-        help="checkpoint folders; the first is what the others are compared with",
+        help="checkpoints, or their stages or runs; the first is what the others are compared with",
     )  # fmt: skip
     parser.add_argument(
         "--baseline", action="append", default=[], metavar="NAME|PATH",
@@ -124,6 +138,7 @@ def compare(args: argparse.Namespace) -> int:
     folders = [path for path in args.checkpoints if "=" not in str(path) or path.exists()]
     args.overrides += [str(path) for path in args.checkpoints if path not in folders]
     config = config_of(args)
+    folders = [checkpoint_of(path, args) for path in folders]
     from modern_llm.alignment.comparison import compare_checkpoints, comparison_path
 
     written = compare_checkpoints(
