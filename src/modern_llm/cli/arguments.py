@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from modern_llm.config import PipelineConfig, list_presets, load_config
+from modern_llm.config.loading import Rewrite
 from modern_llm.errors import ConfigError
 from modern_llm.runtime.artifacts import sha256_file
 
@@ -45,8 +46,13 @@ def add_place(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run-name", help="name of what is written")
 
 
-def config_of(args: argparse.Namespace) -> PipelineConfig:
-    """Config of the flags: a flag becomes an override, so that one rule serves both."""
+def config_of(args: argparse.Namespace, *, rewrite: Rewrite | None = None) -> PipelineConfig:
+    """Config of the flags: a flag becomes an override, so that one rule serves both.
+
+    Args:
+        args: flags of the command.
+        rewrite: see `load_config`.
+    """
     max_steps = getattr(args, "max_steps", None)  # where nothing is trained, there is no such flag
     own: dict[str, object] = {"name": args.run_name, "max_steps": max_steps}
     if args.output_dir is not None:
@@ -54,7 +60,7 @@ def config_of(args: argparse.Namespace) -> PipelineConfig:
         own |= {"paths.output": out, "paths.report": out / "report"}
         own["paths.ledger"] = out / "ledger.jsonl"
     flags = [f"{key}={json.dumps(v, default=str)}" for key, v in own.items() if v is not None]
-    config = load_config(args.config, [*args.overrides, *flags])
+    config = load_config(args.config, [*args.overrides, *flags], rewrite=rewrite)
     check_plugins(config.plugins, args.plugin, made=args.config)
     return config.model_copy(update={"plugins": _hashes(args.plugin)}) if args.plugin else config
 

@@ -13,6 +13,7 @@ from modern_llm.cli.arguments import (
     config_of,
 )
 from modern_llm.config import STAGES, PipelineConfig, load_config
+from modern_llm.config.loading import Rewrite
 from modern_llm.errors import ConfigError
 from modern_llm.runtime.artifacts import Policy
 from modern_llm.runtime.signals import stop_at_once
@@ -48,9 +49,9 @@ def stage_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def run(args: argparse.Namespace) -> int:
-    """Run stages, write report and ledger, show them."""
-    config = config_of(args)
+def run(args: argparse.Namespace, *, rewrite: Rewrite | None = None) -> int:
+    """Run stages, write report and ledger, show them; ``rewrite``: see `load_config`."""
+    config = config_of(args, rewrite=rewrite)
     from modern_llm.alignment.pipeline import AlignmentPipeline
 
     stage, checkpoint = getattr(args, "stage", "all"), getattr(args, "checkpoint", None)
@@ -75,11 +76,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def train(args: argparse.Namespace) -> int:
-    """Run one stage with flags of other projects."""
-    from modern_llm.experiments.train_flags import translate
+    """Run one stage with names of other projects, as flags and in a flat file."""
+    from modern_llm.experiments.train_flags import sections, translate
 
     args.overrides += translate(args.flags)
-    return run(args)
+    return run(args, rewrite=sections)
 
 
 def _conclude(run: Path, config: PipelineConfig, *, changed: bool, on_exists: Policy) -> None:
@@ -97,7 +98,7 @@ def _conclude(run: Path, config: PipelineConfig, *, changed: bool, on_exists: Po
 
 
 def train_arguments(parser: argparse.ArgumentParser) -> None:
-    """Those of a run of pretraining alone."""
+    """Those of a run of pretraining alone; its config may be a flat file."""
     run_arguments(parser, named=False)
     parser.set_defaults(stage="pretrain")
 

@@ -48,10 +48,27 @@ NAMES = {  # field -> what other projects call its choices -> what they are call
         "ff_geglu": "geglu",
         "ff_relu2": "relu2",
         "ff_moe": "moe",
+        "mlp": "standard",
     },
+    "norm": {
+        "rms": "rmsnorm",
+        "rms_norm": "rmsnorm",
+        "ln": "layernorm",
+        "layer_norm": "layernorm",
+        "layer_norm_nobias": "layernorm_nobias",
+        "scale_norm": "scalenorm",
+    },
+    "position": {
+        "learned_absolute": "learned",
+        "absolute": "learned",
+        "rotary": "rope",
+        "nope": "none",
+    },
+    "activation": {"gelu_new": "gelu_tanh", "swish": "silu"},
 }
 WIDTH_RULES = ("4x", "8/3", "equal_params", "equal_flops")
 WIDTH = {"anyOf": [{"type": "integer", "exclusiveMinimum": 0}, {"enum": list(WIDTH_RULES)}]}
+HEADS = {"anyOf": [{"type": "integer", "exclusiveMinimum": 0}, {"type": "null"}]}
 DEFAULT_EXPERTS = 8
 SHORT = {  # in `ModelConfig.short_name`; any other component is named in full
     "rope": "RoPE",
@@ -96,7 +113,7 @@ class ModelConfig(Schema):
     d_model: PositiveInt
     n_layers: PositiveInt
     n_heads: PositiveInt
-    n_kv_heads: PositiveInt  # default: n_heads
+    n_kv_heads: Annotated[PositiveInt, WithJsonSchema(HEADS)]  # default, or null: n_heads
     d_ff: Annotated[
         PositiveInt, WithJsonSchema(WIDTH)
     ]  # a width, or a rule (see `width_of`); default: 4x, of a gated one 8/3
@@ -129,7 +146,8 @@ class ModelConfig(Schema):
         value = canonical_names(value)
         # What is wrong with these two is told there: then any default will do.
         heads, width = (count_of(value.get(name)) or 1 for name in ("n_heads", "d_model"))
-        value.setdefault("n_kv_heads", heads)
+        if value.get("n_kv_heads") is None:
+            value["n_kv_heads"] = heads
         ffn = value.get("ffn", "swiglu")
         name = ffn.get("name", "swiglu") if isinstance(ffn, dict) else getattr(ffn, "name", ffn)
         rule = value.get("d_ff", "8/3" if name in GATED_FFNS else "4x")

@@ -61,8 +61,8 @@ class DPOConfig(RowsConfig):
     loss: Literal["sigmoid", "ipo"] = "sigmoid"
     beta: PositiveFloat = 0.1
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)
-    max_prompt_tokens: PositiveInt = 128
-    max_answer_tokens: PositiveInt = 128
+    max_prompt_tokens: PositiveInt  # default: half of model.max_seq_len
+    max_answer_tokens: PositiveInt  # default: a quarter of it
 
     @model_validator(mode="after")
     def _check_loss(self) -> Self:
@@ -215,7 +215,8 @@ class PipelineConfig(Schema):
         seq_len = model.get("max_seq_len") if isinstance(model, dict) else None
         cap = count_of(value.get("max_steps"))
         # What is wrong with these is told there, and not once more for every stage.
-        defaults = {"seq_len": count_of(seq_len) or 1, "seed": count_of(value.get("seed")) or 0}
+        context = count_of(seq_len) or 1
+        defaults = {"seq_len": context, "seed": count_of(value.get("seed")) or 0}
         value = dict(value)
         for stage in TRAINED_STAGES:
             section = value.get(stage)
@@ -227,6 +228,8 @@ class PipelineConfig(Schema):
             unused = NOT_SHARED.get(stage, set())
             training = {k: v for k, v in {**defaults, **shared}.items() if k not in unused} | own
             if stage == "dpo":
+                parts = {"max_prompt_tokens": context // 2, "max_answer_tokens": context // 4}
+                section = {name: max(1, part) for name, part in parts.items()} | section
                 training.setdefault("seq_len", _pair_tokens(section))
             if cap and (steps := count_of(training.get("max_steps"))):
                 training["max_steps"] = min(cap, steps)
@@ -323,10 +326,8 @@ def config_sha256(config: Mapping[str, Any]) -> str:
 
 def _pair_tokens(section: Mapping[str, Any]) -> int:
     """Tokens of DPO's longest row, a prompt and both answers, before or after validation."""
-    fields = DPOConfig.model_fields
     prompt, answer = (
-        count_of(section.get(name, fields[name].default)) or 1
-        for name in ("max_prompt_tokens", "max_answer_tokens")
+        count_of(section[name]) or 1 for name in ("max_prompt_tokens", "max_answer_tokens")
     )
     return prompt + 2 * answer
 

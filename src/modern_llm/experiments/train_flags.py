@@ -1,10 +1,19 @@
-"""Flags of other training scripts (``--n_embd=384 --max_iters=200``) as overrides of a config."""
+"""Names of other training scripts, as flags (``--n_embd=384``) or in a file, for a config of ours.
+
+A flat file has them at its top level, without sections:
+
+    attention_type: flash_attention
+    n_embd: 384
+    max_iters: 5000
+    learning_rate: 3e-4
+"""
 
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from modern_llm.config import ModelConfig, TrainingConfig
+from modern_llm.config import ModelConfig, PipelineConfig, TrainingConfig
+from modern_llm.config.loading import merge, presets_folder
 from modern_llm.config.model import ALIASES
 from modern_llm.errors import ConfigError
 from modern_llm.registry import suggest
@@ -26,6 +35,10 @@ DATASETS = {  # name -> source, tokenizer
     "shakespeare_char": ("tinyshakespeare", {"name": "char"}),
 }
 OWN = ("dataset", "batch_size", "gradient_accumulation_steps")
+MODEL_NAMES = {*ModelConfig.model_fields, *ALIASES}
+TRAINING_NAMES = {*TrainingConfig.model_fields, *TRAINING}
+THEIRS = MODEL_NAMES | TRAINING_NAMES | {*OWN}
+SECTIONS = {*PipelineConfig.model_fields, "extends"}
 
 
 def translate(flags: Sequence[str]) -> list[str]:
@@ -47,54 +60,91 @@ def translate(flags: Sequence[str]) -> list[str]:
             raise ConfigError(f"{flag}: write --name=value, or section.field=value")
         else:
             given[key.replace("-", "_")] = value
-    return [f"{key}={value}" for key, value in _overrides(given).items()] + dotted
-
-
-def _overrides(given: Mapping[str, str]) -> dict[str, str]:
-    """Dotted name -> value of each flag."""
-    found: dict[str, str] = {}
-    model, training = set(ModelConfig.model_fields) | set(ALIASES), set(TrainingConfig.model_fields)
-    unknown = []
-    for key, value in given.items():
-        own = TRAINING.get(key, key)
-        if key in OWN:
-            continue
-        if key in model:
-            found[f"model.{key}"] = value
-        elif own in training:
-            found[f"pretrain.training.{own}"] = PRECISIONS.get(value, value)
-        else:
-            choices = [*model, *training, *TRAINING, *OWN]
-            unknown.append(f"--{key}: no such flag{suggest(key, choices)}")
+    unknown = [f"--{key}: no such flag{suggest(key, THEIRS)}" for key in given if key not in THEIRS]
     if unknown:
         raise ConfigError("\n".join(unknown))
-    return found | _batch(given) | _data(given)
+    found = _fields(given, mark="--").items()
+    return [f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in found] + dotted
 
 
-def _batch(given: Mapping[str, str]) -> dict[str, str]:
+def sections(content: dict[str, Any]) -> dict[str, Any]:
+    """Content of a config file whose names of other projects are put into their sections.
+
+    A file that has none is returned as it is. Others extend ``extends`` or ``preset``, by default
+    what the architecture presets share; their key/value heads are as many as their heads, unless
+    they say otherwise. What is both ours and theirs (``max_steps``, ``seed``) is pretraining's.
+
+    Raises:
+        ConfigError: names that neither has, with the nearest; or a preset beside ``extends``.
+    """
+    flat = content.keys() - SECTIONS
+    if not flat:
+        return content
+    unknown = [
+        f"  {key}: no such name{suggest(str(key), THEIRS | SECTIONS)}"
+        for key in content
+        if key in flat and key not in {*THEIRS, "preset"}
+    ]
+    if {"preset", "extends"} <= content.keys():
+        unknown.append("  preset and extends are the same; give one of them")
+    if unknown:
+        raise ConfigError("\n".join(unknown))
+    given = {key: value for key, value in content.items() if key in THEIRS}
+    own = {key: value for key, value in content.items() if key not in given and key != "preset"}
+    own.setdefault("extends", content.get("preset", str(presets_folder() / "arch" / "_base.json")))
+    nested: dict[str, Any] = {}
+    for dotted, value in _fields(given).items():
+        *path, last = dotted.split(".")
+        place = nested
+        for part in path:
+            place = place.setdefault(part, {})
+        place[last] = value
+    if "n_heads" in nested.get("model", {}):
+        nested["model"].setdefault("n_kv_heads", None)
+    return merge(nested, own)
+
+
+def _fields(given: Mapping[str, Any], *, mark: str = "") -> dict[str, Any]:
+    """Dotted name -> value of each known name; ``mark`` is in front of one in a message."""
+    found: dict[str, Any] = {}
+    for key, value in given.items():
+        if key in OWN:
+            continue
+        if key in MODEL_NAMES:
+            field = f"model.{ALIASES.get(key, key)}"
+        else:
+            field = f"pretrain.training.{TRAINING.get(key, key)}"
+            value = PRECISIONS.get(value, value) if isinstance(value, str) else value
+        if field in found:
+            raise ConfigError(f"{mark}{key} is given twice, under two names; give it once")
+        found[field] = value
+    return found | _batch(given, mark) | _data(given)
+
+
+def _batch(given: Mapping[str, Any], mark: str) -> dict[str, Any]:
     rows, times = given.get("batch_size"), given.get("gradient_accumulation_steps")
     if rows is None and times is None:
         return {}
     if rows is None:
-        raise ConfigError("--gradient_accumulation_steps needs --batch_size, the rows of one pass")
+        raise ConfigError(
+            f"{mark}gradient_accumulation_steps needs {mark}batch_size, the rows of one pass"
+        )
     try:
         step = int(rows) * int(times or 1)
-    except ValueError:
+    except (TypeError, ValueError):
         raise ConfigError(
-            f"--batch_size={rows} and --gradient_accumulation_steps={times or 1} must be counts"
+            f"{mark}batch_size={rows} and {mark}gradient_accumulation_steps={times or 1} must be "
+            "counts"
         ) from None
-    return {
-        "pretrain.training.batch_size": str(step),
-        "pretrain.training.micro_batch_size": rows,
-    }
+    return {"pretrain.training.batch_size": step, "pretrain.training.micro_batch_size": int(rows)}
 
 
-def _data(given: Mapping[str, str]) -> dict[str, str]:
+def _data(given: Mapping[str, Any]) -> dict[str, Any]:
     name = given.get("dataset")
     if name is None:
         return {}
-    source, tokenizer = DATASETS.get(name, (name, None))
+    source, tokenizer = DATASETS.get(str(name), (name, None))
     found: dict[str, Any] = {"pretrain.data": [source]}
     if tokenizer is not None:
         found["tokenizer"] = tokenizer
-    return {key: json.dumps(value) for key, value in found.items()}
+    return found
