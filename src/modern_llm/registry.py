@@ -7,6 +7,7 @@ keyword-only parameters are the user's options.
 import difflib
 import importlib.util
 import inspect
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -71,23 +72,50 @@ def _fits(value: Any, hint: Any) -> bool:
     return isinstance(value, Mapping) if kind in (Mapping, dict) else True
 
 
+def _lacking(entry: Callable[..., Any], base: type, sizes: Sequence[str]) -> list[str]:
+    """What keeps ``entry`` from being built with ``sizes`` and used as a ``base``."""
+    name = getattr(entry, "__name__", repr(entry))
+    if not (inspect.isclass(entry) and issubclass(entry, base)):
+        return [f"{name} must be a subclass of {base.__name__}"]
+    parameters = list(inspect.signature(entry).parameters.values())
+    taken = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    least = sum(p.default is p.empty for p in taken)
+    most = math.inf if any(p.kind is p.VAR_POSITIONAL for p in parameters) else len(taken)
+    problems = []
+    if missing := getattr(entry, "__abstractmethods__", ()):
+        problems.append(f"{name} defines no {', '.join(sorted(missing))}")
+    if not least <= len(sizes) <= most:
+        given = ", ".join(p.name for p in taken)
+        problems.append(f"{name} takes ({given}), it is given ({', '.join(sizes)})")
+    return problems
+
+
 class Registry(Mapping[str, Callable[..., Any]]):
     """Name -> class or function, with aliases, refusing duplicates and explaining misses.
 
     Args:
         kind: what is registered, as the user is told ("norm", "position encoding").
+        base: class that every entry must extend; None: entries are not looked into.
+        sizes: names of the positional parameters that the builder gives.
     """
 
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
+    def __init__(self, kind: str, *, base: type | None = None, sizes: Sequence[str] = ()) -> None:
+        self.kind, self.base, self.sizes = kind, base, sizes
         self._entries: dict[str, Callable[..., Any]] = {}
         self._aliases: dict[str, str] = {}
         _REGISTRIES.append(self)
 
     def register(self, name: str, *aliases: str) -> Callable[[C], C]:
-        """Class decorator; a name or alias that is taken raises ``ValueError``."""
+        """Class decorator.
+
+        Raises:
+            ValueError: the name or an alias is taken.
+            TypeError: the class lacks what its kind needs; names all of it.
+        """
 
         def add(entry: C) -> C:
+            if self.base is not None and (lacking := _lacking(entry, self.base, self.sizes)):
+                raise TypeError(f"{self.kind} '{name}': {'; '.join(lacking)}")
             for key in (name, *aliases):
                 if key in self._entries or key in self._aliases:
                     raise ValueError(f"{self.kind} '{key}' is registered already")
@@ -180,11 +208,14 @@ def load_plugin(path: Path) -> list[str]:
         What it registered, such as ``norm 'mine'``.
 
     Raises:
-        ConfigError: no such file, it fails, it registers nothing, or a name that is taken.
+        ConfigError: no such file, one of its name is loaded, it fails, it registers nothing, a name
+            that is taken, or a class that lacks what its kind needs.
     """
     if not path.is_file():
         raise ConfigError(f"--plugin {path}: no such file")
     name = f"modern_llm_plugin_{path.stem}"
+    if name in sys.modules:
+        raise ConfigError(f"--plugin {path}: a plugin named {path.name} is loaded already")
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ConfigError(f"--plugin {path}: is no Python file (its name must end in .py)")
@@ -202,6 +233,7 @@ def load_plugin(path: Path) -> list[str]:
         if made.__module__ == name
     ]
     if not added:
+        del sys.modules[name]
         raise ConfigError(
             f"--plugin {path}: registers nothing; decorate a class, such as "
             "@NORMS.register('mine') of modern_llm.models.norms"

@@ -37,7 +37,9 @@ KINDS: dict[str, dict[str, Any]] = {
 
 def options(**changes: Any) -> DPOConfig:
     training = {"max_steps": 2, "batch_size": 8, "seq_len": 32, "device": "cpu"}
-    return DPOConfig.model_validate({"data": ["synthetic"], "training": training, **changes})
+    lengths = {"max_prompt_tokens": 128, "max_answer_tokens": 128}
+    raw = {"data": ["synthetic"], "training": training, **lengths, **changes}
+    return DPOConfig.model_validate(raw)
 
 
 def sequence_logprob(model: ModernDecoderLM, prompt: list[int], answer: list[int]) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shlex
 import shutil
 import signal
@@ -18,6 +19,7 @@ from modern_llm.alignment.pipeline import AlignmentPipeline
 from modern_llm.cli import COMMANDS, main
 from modern_llm.config import PipelineConfig, json_schema, list_presets
 from modern_llm.data.tokenizer import Tokenizer
+from modern_llm.inference.chat import BEGINNINGS, HELP, HELP_PLAIN, QUESTIONS
 from modern_llm.models import generate
 
 Captured = pytest.CaptureFixture[str]
@@ -144,6 +146,7 @@ def test_mistakes_of_all_kinds_are_told_in_one_go(refused: Any, make_tiny: Make)
         (["verify", "nowhere"], 3),
         (["generate", "--checkpoint", "nowhere", "hello"], 4),
         (["chat", "--checkpoint", "nowhere"], 4),
+        (["inference", "--checkpoint", "nowhere"], 4),
         (["export", "nowhere", "target"], 4),
         (["compare", "--checkpoints", "nowhere"], 4),
         (["eval", "--checkpoint", "nowhere"], 4),
@@ -316,6 +319,68 @@ def test_chat_answers_until_the_input_ends(
     final = str(tiny_run.run / "sft" / "final")
     assert main(["chat", "--checkpoint", final, "--max-new-tokens", "3", "--device", "cpu"]) == 0
     assert "Traceback" not in capsys.readouterr().err
+
+
+INFERENCE = ["--device", "cpu", "--max_new_tokens", "4", "--top_k", "10", "--top_p", "0.9"]
+
+
+def test_inference_in_a_script(tiny_run: Any, cli: Callable[..., Any]) -> None:
+    """The facts, one completion a prompt, and nothing is asked for; a run is taken for its last."""
+    prompts = ["--prompt", "One", "--prompt", "two?"]
+    done = cli("scripts/inference.py", "--checkpoint", tiny_run.run, *INFERENCE, *prompts)
+    assert done.returncode == 0, done.stderr
+    assert f"{tiny_run.run}: taking dpo/final" in done.stderr
+    for fact in ("1L-2H-32D-RoPE-RMS-SwiGLU-PreNorm", "dpo, step 3", "synthetic with fingerprint"):
+        assert fact in done.stdout
+    assert re.search(r"parent  sft [0-9a-f]{12}\n", done.stdout)
+    assert re.findall(r"^> (.*)$", done.stdout, re.M) == ["One", "two?"]
+    assert done.stdout.count("first after") == 2
+
+
+@pytest.mark.parametrize(
+    ("stage", "prompts", "told"),
+    [("pretrain", BEGINNINGS, HELP_PLAIN), ("sft", QUESTIONS, HELP)],
+)
+def test_inference_goes_by_the_stage(
+    tiny_run: Any, capsys: Captured, monkeypatch: pytest.MonkeyPatch,
+    stage: str, prompts: tuple[str, ...], told: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n\nclear\nhello\n"))
+    flags = [flag.replace("_", "-") for flag in INFERENCE]
+    assert main(["inference", "--checkpoint", str(tiny_run.run / stage), *flags]) == 0
+    out = capsys.readouterr().out
+    assert tuple(re.findall(r"^> (.*)$", out, re.M)) == prompts
+    samples, dialogue = out.split(told)
+    assert samples.count("first after") == len(prompts)
+    assert dialogue.count("first after") == 2 and "(begun anew)" in dialogue
+
+
+@pytest.mark.parametrize(("arguments", "code"), [([], 0), (["--prompt", "One"], 130)])
+def test_ctrl_c_while_samples_are_drawn(
+    tiny_run: Any, capsys: Captured, monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str], code: int,
+) -> None:  # fmt: skip
+    """At a terminal the dialogue begins; a script is told that it is not done."""
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("modern_llm.inference.chat.timed_reply", interrupted)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    command = ["inference", "--checkpoint", str(tiny_run.run), "--device", "cpu", *arguments]
+    assert main(command) == code
+    assert ("(stopped)" in capsys.readouterr().out) == (code == 0)
+
+
+def test_inference_refuses_before_it_shows(refused: Any, tiny_run: Any) -> None:
+    checkpoint = ["inference", "--checkpoint", str(tiny_run.run / "sft" / "final")]
+    told = refused(*checkpoint, "--device", "cpu", "--max-new-tokens", "999")
+    assert "max_new_tokens=999 must be from 1 to 124" in told
+    told = refused(*checkpoint, "--device", "cpu", "--temperature", "-1")
+    assert "temperature=-1.0 must be 0 or more" in told
+    verifier = str(tiny_run.run / "verifier" / "final")
+    told = refused("inference", "--checkpoint", verifier, "--device", "cpu")
+    assert "is a verifier" in told
 
 
 def test_export_is_protected(tiny_run: Any, tmp_path: Path, capsys: Captured) -> None:

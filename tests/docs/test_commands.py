@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from modern_llm import errors
 from modern_llm.cli import COMMANDS, main, parser_of
 from modern_llm.config import list_presets, load_config, load_study
+from modern_llm.config.train_flags import sections
 from modern_llm.data.sources.hub import HubSet
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,7 +28,7 @@ PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 RUN = "experiments/runs/local-smoke"
 PLANNED = ("run", "speedrun", "train", "plan", "eval")
 PLUGINS = re.compile(r"<!-- file: (\w+\.py) -->\n```python\n(.*?)```", re.DOTALL)
-CHEAP = ("presets", "schema", "report", "verify", "generate", "chat", "--help")
+CHEAP = ("presets", "schema", "report", "verify", "generate", "chat", "inference", "--help")
 PARSED_ONLY = {
     "compare": "evaluates; tests/alignment runs it",
     "compare-architectures": "needs results of experiments; tests/experiments runs it",
@@ -179,6 +181,14 @@ def test_config_files_shown_are_valid(block: str, tmp_path: Path) -> None:
     config = load_config(path)
     assert config.name == "mine"
     assert config.model.n_layers == shown["model"]["n_layers"]
+
+
+@pytest.mark.parametrize("block", [b for page in PAGES for b in blocks(page, "yaml")])
+def test_flat_files_shown_are_valid(block: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(block)
+    shown, config = yaml.safe_load(block), load_config(path, rewrite=sections)
+    assert (config.name, config.model.d_model) == ("mine", shown["n_embd"])
 
 
 def test_every_command_and_preset_is_told() -> None:

@@ -23,6 +23,7 @@ from modern_llm.cli import main
 from modern_llm.config import ModelConfig
 from modern_llm.models import ModernDecoderLM
 from modern_llm.models.weights import model_weights
+from modern_llm.registry import _REGISTRIES
 from modern_llm.runtime.artifacts import locked, sha256_file, to_json
 from modern_llm.training.checkpoint import read_checkpoint, write_checkpoint
 
@@ -107,6 +108,225 @@ def stage_command(stage: str, config: Path, tiny_run: Any) -> list[str]:
 )
 def test_a_wrong_config(refused: Refused, make_tiny: Make, override: str, message: str) -> None:
     assert message in refused("run", "--config", make_tiny(), override, code=2)
+
+
+MISSPELT = {  # kind of each registry -> overrides, what is told
+    "norm": (["model.norm=rmsnrm"], "'rmsnrm'; did you mean 'rmsnorm'?"),
+    "position encoding": (["model.position=alibbi"], "'alibbi'; did you mean 'alibi'?"),
+    "feed-forward": (["model.ffn=geglue"], "'geglue'; did you mean 'geglu'?"),
+    "activation": (["model.ffn=standard", "model.activation=gelo"], "'gelo'; did you mean 'gelu'?"),
+    "attention backend": (["model.attention_backend=manuall"], "'manuall'; did you mean 'manual'?"),
+    "optimizer": (["training.optimizer=muonn"], "'muonn'; did you mean 'muon'?"),
+    "schedule": (["training.schedule=wsdd"], "'wsdd'; did you mean 'wsd'?"),
+    "data source": (["sft.data.0=alpacca"], "'alpacca'; did you mean 'alpaca'?"),
+}
+
+
+@pytest.mark.parametrize("kind", MISSPELT)
+def test_a_component_that_there_is_not(refused: Refused, make_tiny: Make, kind: str) -> None:
+    overrides, message = MISSPELT[kind]
+    told = refused("run", "--config", make_tiny(), *overrides, code=2)
+    assert f"unknown {kind} {message} (there are: " in told
+
+
+def test_every_registry_is_misspelt_above() -> None:
+    """Attentions and stages are choices of the config and of a flag."""
+    own = {
+        registry.kind
+        for registry in _REGISTRIES
+        if any(entry.__module__.startswith("modern_llm.") for entry in registry.values())
+    }
+    assert own - {"stage"} == {*MISSPELT, "attention"}
+
+
+def test_an_attention_that_there_is_not(refused: Refused, make_tiny: Make) -> None:
+    told = refused("run", "--config", make_tiny(), "model.attention=windw", code=2)
+    assert "model.attention='windw': Input should be 'full', 'window' or 'linear'" in told
+    assert "; did you mean 'window'?" in told
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ('model.norm={"name":"rmsnorm","theta":1}', "option 'theta' (it accepts no options)"),
+        ('model.ffn={"name":"swiglu","width":1}', "unknown option 'width' (it accepts no options)"),
+        ('model.position={"name":"alibi","steepnes":1}', "mean 'steepness'? (it accepts steep"),
+        ("model.position.thta=1", "mean 'theta'? (it accepts theta: float = 10000.0, scaling:"),
+        ('training.schedule={"name":"wsd","decai":1}', "mean 'decay'? (it accepts decay: float"),
+        ('training.schedule={"name":"cosine","decay":1}', "'cosine': unknown option 'decay' (it"),
+        ('training.optimizer={"name":"adamw","lr_ratio":1}', "unknown option 'lr_ratio' (it accep"),
+        ("pretrain.data.0.row=1", "unknown option 'row'; did you mean 'rows'? (it accepts "),
+    ],
+)  # fmt: skip
+def test_an_option_that_a_component_does_not_take(
+    refused: Refused, make_tiny: Make, override: str, message: str
+) -> None:
+    assert message in refused("run", "--config", make_tiny(), override, code=2)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "messages"),
+    [
+        (
+            ["model.hidden_size=320", "model.num_heads=12"],
+            ["d_model=320 is not a multiple of n_heads=12: use n_heads from [5, 8, 10, 16]"],
+        ),
+        (["model.attention=window"], ["attention=window needs window=<tokens>"]),
+        (["model.window=8"], ["window, n_sinks and window_pattern need attention=window"]),
+        (
+            ["model.attention=linear", "model.n_sinks=2", "model.sink=learned", "model.softcap=9"],
+            [
+                "window, n_sinks and window_pattern need attention=window",
+                "attention=linear has no softmax and no kernels: leave out sink, softcap",
+            ],
+        ),
+        (
+            ["model.attention=linear", "model.position=alibi"],
+            ["attention=linear has no logits, which position encoding 'alibi' adds to: use rope"],
+        ),
+        (["model.d_model=34"], ["'rope': it turns pairs, so head_size", "must be even, got 17"]),
+        (
+            ["model.n_heads=8", "model.n_kv_heads=3"],
+            ["n_kv_heads=3 must divide n_heads: use one of [1, 2, 4, 8]"],
+        ),
+        (["model.moe={}"], ["model.moe.n_experts: is required"]),
+        (['model.moe={"n_experts":2,"top_k":3}'], ["model.moe: top_k=3 exceeds n_experts=2"]),
+        (['model.moe={"n_experts":2,"top_k":0}'], ["model.moe.top_k=0: Input should be greater"]),
+        (["model.dropout=1"], ["model.dropout=1: Input should be less than 1"]),
+        (["model.dropout=-0.1"], ["model.dropout=-0.1: Input should be greater than or eq"]),
+        (
+            ["model.attention_backend=sdpa", "model.softcap=9"],
+            ["attention backend 'sdpa' has no softcap: use one of "],
+        ),
+        (  # between fields: all at once
+            ["model.n_heads=12", "model.n_kv_heads=5", "model.attention=window", "model.softcap=1"],
+            ["d_model=32 is not a multiple of n_heads=12", "n_kv_heads=5 must", "needs window="],
+        ),
+        (  # single fields: all at once
+            ["model.dropout=2", 'model.moe={"n_experts":2,"top_k":3}', "dpo.beta=0"],
+            ["model.dropout=2: ", "model.moe: top_k=3", "dpo.beta=0: "],
+        ),
+        (  # what only building shows: all at once
+            ["model.d_model=34", "training.schedule=wsdd", "pretrain.data.0.row=1"],
+            ["must be even, got 17", "unknown schedule 'wsdd'", "unknown option 'row'"],
+        ),
+    ],
+)  # fmt: skip
+def test_parts_that_do_not_go_together(
+    refused: Refused, make_tiny: Make, overrides: list[str], messages: list[str]
+) -> None:
+    told = refused("run", "--config", make_tiny(), *overrides, code=2)
+    assert [message for message in messages if message not in told] == []
+    assert told.count("model: ") <= len(messages)
+
+
+# --- plugins ------------------------------------------------------------------------------------
+
+NORM = "from modern_llm.models.norms import NORMS, Norm\n@NORMS.register('mine')\n"
+FFN = "from modern_llm.models.ffn import FFNS, FFN, GatedFFN\n@FFNS.register('mine')\n"
+POSITION = (
+    "from modern_llm.models.positions import POSITIONS, PositionEncoding\n"
+    "@POSITIONS.register('mine')\n"
+)
+SOURCE = "from modern_llm.data.sources.base import SOURCES, Source\n@SOURCES.register('mine')\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def f(:\n", "bad.py: SyntaxError: "),
+        ("1 / 0\n", "bad.py: ZeroDivisionError: division by zero"),
+        ("x = 1\n", "bad.py: registers nothing; decorate a class, such as @NORMS.register"),
+        (NORM + "class Mine(Norm): pass\n", "norm 'mine': Mine defines no forward"),
+        (
+            NORM.replace("mine", "rms").replace(" Norm", " RMSNorm") + "class M(RMSNorm): pass\n",
+            "norm 'rms' is registered already",
+        ),
+        (NORM + "class Mine: pass\n", "norm 'mine': Mine must be a subclass of Norm"),
+        (NORM + "def mine(x): return x\n", "norm 'mine': mine must be a subclass of Norm"),
+        (
+            NORM + "class Mine(Norm):\n    def __init__(self, width): ...\n",
+            "Mine defines no forward; Mine takes (width), it is given (width, eps, bias)",
+        ),
+        (POSITION + "class Mine: pass\n", "'mine': Mine must be a subclass of PositionEncoding"),
+        (
+            POSITION + "class Mine(PositionEncoding):\n    def __init__(self, dims, theta): ...\n",
+            "position encoding 'mine': Mine takes (dims, theta), it is given (dims)",
+        ),
+        (FFN + "class Mine(FFN): pass\n", "feed-forward 'mine': Mine defines no forward"),
+        (FFN + "class Mine(GatedFFN): pass\n", "feed-forward 'mine': Mine defines no gate"),
+        (SOURCE + "class Mine(Source): pass\n", "source 'mine': Mine defines no fingerprint, rows"),
+    ],
+)  # fmt: skip
+def test_a_plugin_that_cannot_be_used(
+    refused: Refused, make_tiny: Make, tmp_path: Path, text: str, message: str
+) -> None:
+    (tmp_path / "bad.py").write_text(text)
+    config = make_tiny()
+    sys.dont_write_bytecode, before = True, sys.dont_write_bytecode
+    try:
+        told = refused("run", "--config", config, "--plugin", tmp_path / "bad.py", code=2)
+    finally:
+        sys.dont_write_bytecode = before
+    assert told.startswith(f"error: --plugin {tmp_path / 'bad.py'}: ")
+    assert message in told
+
+
+def test_a_plugin_that_is_not_there(refused: Refused, make_tiny: Make, tmp_path: Path) -> None:
+    told = refused("run", "--config", make_tiny(), "--plugin", tmp_path / "none.py", code=2)
+    assert f"--plugin {tmp_path / 'none.py'}: no such file" in told
+
+
+PLUGIN = NORM.replace("mine", "shifted") + (
+    "class Shifted(Norm):\n"
+    "    def __init__(self, width, eps, bias=False):\n"
+    "        super().__init__()\n"
+    "        import torch\n"
+    "        self.weight = torch.nn.Parameter(torch.ones(width))\n"
+    "    def forward(self, x):\n"
+    "        return x * self.weight\n"
+)
+
+
+def test_another_plugin_than_that_of_the_run(
+    cli: Callable[..., Any], make_tiny: Make, tmp_path: Path
+) -> None:
+    """Its hash is in the run's config and in its checkpoints; each command asks for that file."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    first, other = tmp_path / "a" / "shifted.py", tmp_path / "b" / "shifted.py"
+    first.write_text(PLUGIN)
+    other.write_text(PLUGIN + "# another\n")
+    config = make_tiny({"model.norm": "shifted"})
+    stage = ["--stage", "pretrain", "--max-steps", "1"]
+    made = cli("run", "--config", config, *stage, "--plugin", first)
+    assert made.returncode == 0, made.stderr
+    run = tmp_path / "runs" / "tiny"
+    commands = [
+        ["run", "--config", run / "config.json", *stage],
+        ["generate", "--checkpoint", run, "--device", "cpu", "--max-new-tokens", "2", "hello"],
+        ["inference", "--checkpoint", run / "pretrain", "--device", "cpu", "--prompt", "hello"],
+        ["export", run, tmp_path / "exported"],
+    ]
+    before = contents(tmp_path)
+    for command in commands:
+        without = cli(*command)
+        assert without.returncode == 2 and "Traceback" not in without.stderr
+        assert "was made with components from elsewhere: give --plugin PATH/TO/shifted.py" in (
+            without.stderr
+        )
+        wrong = cli(*command, "--plugin", other)
+        assert wrong.returncode == 2 and "Traceback" not in wrong.stderr
+        assert "was made with another shifted.py: its sha256 was" in wrong.stderr
+        assert sha256_file(first)[:12] in wrong.stderr and sha256_file(other)[:12] in wrong.stderr
+    both = cli(*commands[1], "--plugin", first, "--plugin", other)
+    assert both.returncode == 2
+    assert f"--plugin {other}: a plugin named shifted.py is loaded already" in both.stderr
+    assert {k: v for k, v in contents(tmp_path).items() if "__pycache__" not in k} == {
+        k: v for k, v in before.items() if "__pycache__" not in k
+    }
+    right = cli(*commands[1], "--plugin", first)
+    assert right.returncode == 0, right.stderr
 
 
 @pytest.mark.parametrize("name", ["../../x", "a/b", "/tmp/x", "", "..", "a\nb", "a\\b"])

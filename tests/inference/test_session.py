@@ -1,3 +1,5 @@
+import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,9 +11,18 @@ from modern_llm.config import DataConfig, ModelConfig, TokenizerConfig
 from modern_llm.data.templates import Turn, prompt_ids
 from modern_llm.data.tokenizer import Tokenizer, build_tokenizer
 from modern_llm.errors import CheckpointError, ConfigError
-from modern_llm.inference.chat import chat, remembered
+from modern_llm.inference.chat import (
+    BEGINNINGS,
+    HELP,
+    HELP_PLAIN,
+    QUESTIONS,
+    chat,
+    remembered,
+    show_samples,
+)
 from modern_llm.inference.session import Sampler, Session, decode_threads, load_model
 from modern_llm.models import ModernDecoderLM, VerifierModel, generate
+from modern_llm.models.cost import params_by_kind
 from modern_llm.models.weights import model_weights
 from modern_llm.training.checkpoint import write_checkpoint
 
@@ -56,7 +67,40 @@ def test_facts(session: Session) -> None:
     assert facts["parameters"] == f"{sum(p.numel() for p in session.model.parameters()):,}"
     assert facts["shape"] == "2 layers, 32 wide, 4 heads (2 key/value)"
     assert facts["parts"] == "rmsnorm, rope, swiglu"
+    assert facts["model"] == CONFIG.short_name
+    assert facts["context"] == "64 tokens"
+    assert facts["vocabulary"] == f"{session.tokenizer.n_vocab} ids"
+    assert facts["tokenizer"] == f"BPE, {session.tokenizer.sha256[:12]}"
+    assert facts["parent"] == "none" and facts["trained on"] == "?"
+    size = sum(path.stat().st_size for path in session.folder.iterdir())
+    assert facts["on disk"] == f"{size / 1e6:.1f} MB"
     assert not session.model.training
+
+
+def test_facts_of_a_checkpoint_that_says_more(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    parent = {"stage": "pretrain", "sha256": "ab" * 32}
+    more = {"data": ["alpaca", "gsm8k", "alpaca"], "data_fingerprint": "cd" * 32, "parent": parent}
+    folder = write(tmp_path / "final", ModernDecoderLM(CONFIG), tokenizer, run="mine", **more)
+    facts = load_model(folder, device="cpu").facts()
+    assert facts["trained on"] == "alpaca, gsm8k with fingerprint cdcdcdcdcdcd"
+    assert facts["parent"] == "pretrain abababababab"
+    assert facts["run"] == "mine"
+
+
+def test_parameters_by_kind() -> None:
+    """Counted by hand: D 32, N 4, K 2, H 8, F 96, E 3, V 300, T 64; one of two layers has E."""
+    parts = {"position": "learned", "tie_embeddings": False, "d_ff": 96}
+    config = ModelConfig(**{**CONFIG.model_dump(), **parts, "moe": {"n_experts": 3, "every": 2}})
+    model = ModernDecoderLM(config)
+    assert params_by_kind(model) == {
+        "embedding": 300 * 32 + 64 * 32,
+        "attention": 2 * (32 * (4 + 2 * 2) * 8 + 32 * 32),
+        "feed-forward": 3 * 32 * 96,
+        "experts": 3 * (3 * 32 * 96) + 3 * 32,
+        "norms": 2 * 2 * 32 + 32,
+        "head": 300 * 32,
+    }
+    assert sum(params_by_kind(model).values()) == model.cost(64).params
 
 
 def test_complete_uses_the_template_of_training(session: Session) -> None:
@@ -165,11 +209,8 @@ def run_chat(session: Session, lines: list[Any], **options: Any) -> list[str]:
 
 def test_chat(session: Session) -> None:
     shown = run_chat(session, ["hello", "", "again", "/clear", "hello", "/what", "/quit"])
-    text = "\n".join(shown)
-    assert "parameters" in shown[2]
-    assert "/clear begins anew" in text
-    assert "unknown command /what" in text
-    replies = [shown[i - 1] for i, line in enumerate(shown) if "tokens/s" in line]
+    assert f"unknown command /what: {HELP}" in shown
+    replies = [line.rpartition("\n")[0] for line in shown if "tokens/s" in line]
     assert len(replies) == 3
     (alone,) = session.complete(["hello"], sampler=Sampler(max_new_tokens=8))
     assert replies[0] == replies[2] == alone.text  # greedy, and /clear forgets
@@ -178,9 +219,49 @@ def test_chat(session: Session) -> None:
     assert replies[1] == second.text
 
 
-def test_chat_ends_with_the_input_and_with_ctrl_c(session: Session) -> None:
-    assert "/quit leaves" in run_chat(session, [])[-1]
-    assert "/quit leaves" in run_chat(session, [KeyboardInterrupt])[-1]
+@pytest.mark.parametrize("slash", ["", "/"])
+def test_commands_with_and_without_a_slash(session: Session, slash: str) -> None:
+    shown = run_chat(session, [f"{slash}clear", f"{slash}quit"])
+    assert shown == [HELP, "(begun anew)"]
+
+
+@pytest.mark.parametrize("end", [[], [EOFError], [KeyboardInterrupt]])
+def test_chat_ends_with_the_input_and_with_ctrl_c(session: Session, end: list[Any]) -> None:
+    assert run_chat(session, end) == [HELP, ""]  # the shell's prompt gets a line of its own
+
+
+def test_plain_lines_are_continued_each_on_its_own(session: Session) -> None:
+    shown = run_chat(session, ["a few", "words", "clear", "quit"], plain=True)
+    alone = session.complete(["a few"], sampler=Sampler(max_new_tokens=8), plain=True)
+    alone += session.complete(["words"], sampler=Sampler(max_new_tokens=8), plain=True)
+    assert shown[0] == HELP_PLAIN
+    assert [line.rpartition("\n")[0] for line in shown[1:3]] == [reply.text for reply in alone]
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_samples(session: Session, plain: bool) -> None:
+    sampler = Sampler(max_new_tokens=8, temperature=1.0, top_k=40)
+    shown: list[str] = []
+    show_samples(session, ["one", "one"], sampler=sampler, plain=plain, write=shown.append)
+    (alone,) = session.complete(["one"], sampler=sampler, plain=plain)
+    first, second = (line.split("\n", 2)[2].rpartition("\n") for line in shown)
+    assert first[0] == alone.text
+    assert second[0] != alone.text  # the same prompt, drawn again
+    told = re.fullmatch(
+        r"\((\d+) tokens, (\d+) tokens/s, first after ([\d.]+) s(, cut)?\)", first[2]
+    )
+    assert told is not None and int(told[1]) == alone.n_tokens
+    defaults: list[str] = []
+    show_samples(session, sampler=sampler, plain=plain, write=defaults.append)
+    asked = [line.split("\n")[1].removeprefix("> ") for line in defaults]
+    assert tuple(asked) == (BEGINNINGS if plain else QUESTIONS)
+
+
+def test_the_first_token_comes_before_the_last(session: Session) -> None:
+    """Its time is part of the whole, and has the reading of the prompt in it."""
+    begin = time.perf_counter()
+    (reply,) = session.complete(["a few words"], sampler=Sampler(max_new_tokens=32))
+    assert 0 < reply.first_token_s < time.perf_counter() - begin
 
 
 def test_ctrl_c_stops_an_answer(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -132,3 +132,34 @@ def test_an_option_of_another_type_is_refused(parts: Registry, option: str) -> N
 def test_suggest() -> None:
     assert suggest("rmsnrm", ["rmsnorm", "layernorm"]) == "; did you mean 'rmsnorm'?"
     assert suggest("qqq", ["rmsnorm"]) == ""
+
+
+class Base:
+    def __init__(self, width: int, *options: int) -> None: ...
+
+
+class Fits(Base):
+    def __init__(self, width: int, height: int = 1, *, theta: float = 1.0) -> None: ...
+
+
+class TooFew(Base):
+    def __init__(self, *, theta: float = 1.0) -> None: ...
+
+
+class TooMany(Base):
+    def __init__(self, width: int, height: int, depth: int) -> None: ...
+
+
+def test_an_entry_has_what_its_kind_needs() -> None:
+    shapes = Registry("shape", base=Base, sizes=("width", "height"))
+    shapes.register("fits")(Fits)
+    shapes.register("any")(Base)
+    refusals = {
+        Part: "Part must be a subclass of Base",
+        TooFew: r"TooFew takes \(\), it is given \(width, height\)",
+        TooMany: r"TooMany takes \(width, height, depth\), it is given \(width, height\)",
+    }
+    for entry, told in refusals.items():
+        with pytest.raises(TypeError, match=f"shape 'mine': {told}"):
+            shapes.register("mine")(entry)
+    assert sorted(shapes) == ["any", "fits"]

@@ -64,6 +64,11 @@ COMMANDS = {
         "answer prompts, or continue texts", models.generate_arguments, models.generate
     ),
     "chat": Command("talk with a checkpoint", models.session_arguments, models.chat),
+    "inference": Command(
+        "show what a checkpoint is, samples of it, and go on with what is typed",
+        models.inference_arguments,
+        models.inference,
+    ),
     "export": Command(
         "write a checkpoint for transformers", models.export_arguments, models.export
     ),

@@ -2,11 +2,15 @@
 
 import argparse
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from modern_llm.config import PipelineConfig, list_presets, load_config
+from modern_llm.config.loading import Rewrite
 from modern_llm.errors import ConfigError
 from modern_llm.runtime.artifacts import sha256_file
+
+CHECKPOINT_HELP = "folder of a checkpoint, or of a stage or run: its last good one"
 
 
 def add_config(parser: argparse.ArgumentParser, *, named: bool = True) -> None:
@@ -42,19 +46,69 @@ def add_place(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run-name", help="name of what is written")
 
 
-def config_of(args: argparse.Namespace) -> PipelineConfig:
-    """Config of the flags: a flag becomes an override, so that one rule serves both."""
+def config_of(args: argparse.Namespace, *, rewrite: Rewrite | None = None) -> PipelineConfig:
+    """Config of the flags: a flag becomes an override, so that one rule serves both.
+
+    Args:
+        args: flags of the command.
+        rewrite: see `load_config`.
+    """
     max_steps = getattr(args, "max_steps", None)  # where nothing is trained, there is no such flag
     own: dict[str, object] = {"name": args.run_name, "max_steps": max_steps}
     if args.output_dir is not None:
         out: Path = args.output_dir
         own |= {"paths.output": out, "paths.report": out / "report"}
         own["paths.ledger"] = out / "ledger.jsonl"
-    if args.plugin:
-        own["plugins"] = {path.name: sha256_file(path) for path in args.plugin}
     flags = [f"{key}={json.dumps(v, default=str)}" for key, v in own.items() if v is not None]
-    config = load_config(args.config, [*args.overrides, *flags])
-    if config.plugins and not args.plugin:
-        names = " ".join(f"--plugin PATH/TO/{name}" for name in config.plugins)
-        raise ConfigError(f"{args.config} was made with components from elsewhere: give {names}")
-    return config
+    config = load_config(args.config, [*args.overrides, *flags], rewrite=rewrite)
+    check_plugins(config.plugins, args.plugin, made=args.config)
+    return config.model_copy(update={"plugins": _hashes(args.plugin)}) if args.plugin else config
+
+
+def _hashes(plugins: Sequence[Path]) -> dict[str, str]:
+    """File name -> sha256."""
+    return {path.name: sha256_file(path) for path in plugins}
+
+
+def check_plugins(wanted: Mapping[str, str], given: Sequence[Path], *, made: object) -> None:
+    """Refuse what was made with plugins when they are not given, or are not what they were.
+
+    Args:
+        wanted: file name -> sha256 of those that it was made with.
+        given: files of ``--plugin``.
+        made: what was made with them, as the user is told.
+
+    Raises:
+        ConfigError: a plugin is missing or differs; names all of them.
+    """
+    found = _hashes(given)
+    problems = [
+        f"{made} was made with components from elsewhere: give --plugin PATH/TO/{name}"
+        if name not in found
+        else f"{made} was made with another {name}: its sha256 was {sha256[:12]}, that of the file "
+        f"given is {found[name][:12]}; give the one that it was made with"
+        for name, sha256 in wanted.items()
+        if found.get(name) != sha256
+    ]
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def checkpoint_of(path: Path, args: argparse.Namespace, *, stage: str | None = None) -> Path:
+    """The checkpoint that a path on the command line means, whose plugins are those given.
+
+    Args:
+        path: folder of a checkpoint, a stage or a run.
+        args: flags of the command.
+        stage: what is to start from it; of a run then a stage before.
+
+    Raises:
+        CheckpointError: a stage or run without a good checkpoint.
+        ConfigError: see `check_plugins`.
+    """
+    from modern_llm.inference.locate import POLICIES, locate_checkpoint, plugins_of
+
+    until = POLICIES.index(stage) if stage in POLICIES else len(POLICIES)
+    found = locate_checkpoint(path, stages=POLICIES[: max(1, until)])
+    check_plugins(plugins_of(found), args.plugin, made=found)
+    return found

@@ -4,8 +4,16 @@ import argparse
 import shlex
 from pathlib import Path
 
-from modern_llm.cli.arguments import add_config, add_place, add_policy, config_of
+from modern_llm.cli.arguments import (
+    CHECKPOINT_HELP,
+    add_config,
+    add_place,
+    add_policy,
+    checkpoint_of,
+    config_of,
+)
 from modern_llm.config import STAGES, PipelineConfig, load_config
+from modern_llm.config.loading import Rewrite
 from modern_llm.errors import ConfigError
 from modern_llm.runtime.artifacts import Policy
 from modern_llm.runtime.signals import stop_at_once
@@ -35,17 +43,22 @@ def stage_arguments(parser: argparse.ArgumentParser) -> None:
     """Those of a run, and which stage."""
     run_arguments(parser)
     parser.add_argument("--stage", default="all", choices=[*STAGES, "all"])
-    parser.add_argument("--checkpoint", type=Path, help="start here, not from the stage before")
+    parser.add_argument(
+        "--checkpoint", type=Path,
+        help=f"start here, not from the stage before: {CHECKPOINT_HELP}",
+    )  # fmt: skip
 
 
-def run(args: argparse.Namespace) -> int:
-    """Run stages, write report and ledger, show them."""
-    config = config_of(args)
+def run(args: argparse.Namespace, *, rewrite: Rewrite | None = None) -> int:
+    """Run stages, write report and ledger, show them; ``rewrite``: see `load_config`."""
+    config = config_of(args, rewrite=rewrite)
     from modern_llm.alignment.pipeline import AlignmentPipeline
 
     stage, checkpoint = getattr(args, "stage", "all"), getattr(args, "checkpoint", None)
     if checkpoint is not None and stage == "all":
         raise ConfigError("--checkpoint needs --stage: which stage is to start from it?")
+    if checkpoint is not None:
+        checkpoint = checkpoint_of(checkpoint, args, stage=stage)
     origin = {"preset": args.config, "command": shlex.join(["modern-llm", *args.command])}
     pipeline = AlignmentPipeline(
         config, origin=origin, on_exists=args.on_exists, resume=args.resume,
@@ -63,11 +76,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def train(args: argparse.Namespace) -> int:
-    """Run one stage with flags of other projects."""
-    from modern_llm.experiments.train_flags import translate
+    """Run one stage with names of other projects, as flags and in a flat file."""
+    from modern_llm.config.train_flags import sections, translate
 
     args.overrides += translate(args.flags)
-    return run(args)
+    return run(args, rewrite=sections)
 
 
 def _conclude(run: Path, config: PipelineConfig, *, changed: bool, on_exists: Policy) -> None:
@@ -85,7 +98,7 @@ def _conclude(run: Path, config: PipelineConfig, *, changed: bool, on_exists: Po
 
 
 def train_arguments(parser: argparse.ArgumentParser) -> None:
-    """Those of a run of pretraining alone."""
+    """Those of a run of pretraining alone; its config may be a flat file."""
     run_arguments(parser, named=False)
     parser.set_defaults(stage="pretrain")
 
@@ -93,7 +106,9 @@ def train_arguments(parser: argparse.ArgumentParser) -> None:
 def eval_arguments(parser: argparse.ArgumentParser) -> None:
     """Those of a run of the eval stage alone."""
     run_arguments(parser)
-    parser.add_argument("--checkpoint", type=Path, help="evaluate this one only")
+    parser.add_argument(
+        "--checkpoint", type=Path, help=f"evaluate this one only: {CHECKPOINT_HELP}"
+    )
     parser.set_defaults(stage="eval")
 
 
@@ -110,7 +125,7 @@ def compare_arguments(parser: argparse.ArgumentParser) -> None:
     add_policy(parser)
     parser.add_argument(
         "--checkpoints", nargs="+", type=Path, required=True, metavar="PATH",
-        help="checkpoint folders; the first is what the others are compared with",
+        help="checkpoints, or their stages or runs; the first is what the others are compared with",
     )  # fmt: skip
     parser.add_argument(
         "--baseline", action="append", default=[], metavar="NAME|PATH",
@@ -124,6 +139,7 @@ def compare(args: argparse.Namespace) -> int:
     folders = [path for path in args.checkpoints if "=" not in str(path) or path.exists()]
     args.overrides += [str(path) for path in args.checkpoints if path not in folders]
     config = config_of(args)
+    folders = [checkpoint_of(path, args) for path in folders]
     from modern_llm.alignment.comparison import compare_checkpoints, comparison_path
 
     written = compare_checkpoints(

@@ -2,7 +2,8 @@
 
 import copy
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,6 +16,7 @@ from modern_llm.errors import ConfigError
 from modern_llm.registry import suggest
 
 SUFFIXES = (".json", ".yaml", ".yml")
+Rewrite = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 def presets_folder() -> Path:
@@ -43,19 +45,25 @@ def get_pipeline_preset(name: str) -> PipelineConfig:
     return load_config(name)
 
 
-def load_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> PipelineConfig:
+def load_config(
+    name_or_path: str | Path, overrides: Sequence[str] = (), *, rewrite: Rewrite | None = None
+) -> PipelineConfig:
     """Read, merge, override and check a config.
 
     Args:
         name_or_path: a preset's name, or a path to a ``.json``, ``.yaml`` or ``.yml`` file.
         overrides: ``section.field=value``; the value is read as JSON, else taken as text.
+        rewrite: turns the content of that file, not of those that it extends, into sections.
 
     Raises:
         ConfigError: all problems at once, each with the field's path, value and rule.
     """
-    raw = _read_with_parents(_locate(str(name_or_path), base=None), seen=())
-    # The shared section first: it wipes the stages' own values, those of this line excepted.
-    ordered = sorted(overrides, key=lambda item: _keys(item)[0] != "training")
+    raw = _read_with_parents(_locate(str(name_or_path), base=None), seen=(), rewrite=rewrite)
+    # First what wipes other values: the shared section those of the stages, a choice what belonged
+    # to the one before. Values of this line are excepted.
+    ordered = sorted(
+        overrides, key=lambda item: _keys(item)[0] != "training" and not _chooses(item)
+    )
     problems = [problem for item in ordered if (problem := _override(raw, item))]
     if problems:
         raise ConfigError("\n".join(problems))
@@ -125,12 +133,19 @@ class _StrictLoader(yaml.SafeLoader):
         return value
 
 
-def _read_with_parents(path: Path, *, seen: tuple[Path, ...]) -> dict[str, Any]:
+def _read_with_parents(
+    path: Path, *, seen: tuple[Path, ...], rewrite: Rewrite | None = None
+) -> dict[str, Any]:
     path = path.resolve()
     if path in seen:
         raise ConfigError(f"{path}: extends itself through {' -> '.join(p.name for p in seen)}")
     own = read_file(path)
     own.pop("$schema", None)
+    if rewrite is not None:
+        try:
+            own = rewrite(own)
+        except ConfigError as error:
+            raise ConfigError(f"config {path}:\n{error}") from None
     parent_name = own.pop("extends", None)
     if isinstance(own.get("model"), dict):
         try:
@@ -141,16 +156,24 @@ def _read_with_parents(path: Path, *, seen: tuple[Path, ...]) -> dict[str, Any]:
     if parent_name is None:
         return own
     parent = _read_with_parents(_locate(str(parent_name), base=path), seen=(*seen, path))
-    if isinstance(own.get("model"), dict) and "ffn" in own["model"]:
-        _forget_activation(parent, own["model"]["ffn"])
+    if isinstance(own.get("model"), dict):
+        _forget(parent, own["model"])
     return merge(parent, own)
 
 
-def _forget_activation(below: dict[str, Any], ffn: Any) -> None:
-    """A feed-forward that is named anew does not inherit the activation of the one below."""
-    model = below.get("model")
-    if isinstance(model, dict) and (isinstance(ffn, str) or "name" in ffn):
-        below["model"] = {key: value for key, value in model.items() if key != "activation"}
+def _forget(below: dict[str, Any], own: dict[str, Any]) -> None:
+    """A choice of ``own`` does not inherit what belonged to the choice of the model ``below``.
+
+    That is the activation of a feed-forward, and the window of an attention that has none now.
+    """
+    model, ffn = below.get("model"), own.get("ffn")
+    gone: tuple[str, ...] = ()
+    if isinstance(ffn, str) or (isinstance(ffn, dict) and "name" in ffn):
+        gone += ("activation",)
+    if own.get("attention", "window") != "window":
+        gone += ("window", "window_pattern", "n_sinks")
+    if isinstance(model, dict):
+        below["model"] = {key: value for key, value in model.items() if key not in gone}
 
 
 def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -184,6 +207,15 @@ def value_of(text: str) -> Any:
         return {"True": True, "False": False, "None": None}.get(text, text)
 
 
+def _chooses(item: str) -> bool:
+    """Whether an override names a choice that others belong to; see `_forget`."""
+    section, *field = _keys(item)
+    return section == "model" and [ALIASES.get(key, key) for key in field] in (
+        ["attention"],
+        ["ffn"],
+    )
+
+
 def _override(raw: dict[str, Any], item: str) -> str | None:
     """Apply one ``section.field=value`` in place; returns a problem, if any."""
     _, separator, text = item.partition("=")
@@ -193,8 +225,8 @@ def _override(raw: dict[str, Any], item: str) -> str | None:
     if keys[0] == "model" and len(keys) > 1:
         keys[1] = ALIASES.get(keys[1], keys[1])
     value = value_of(text)
-    if keys == ["model", "ffn"] and isinstance(value, str | dict):
-        _forget_activation(raw, value)
+    if _chooses(item):
+        _forget(raw, canonical_names({keys[1]: value}))
     if keys[0] == "training" and len(keys) > 1:  # for every stage, so the stages' own give way
         for stage in TRAINED_STAGES:
             section = raw.get(stage)
@@ -243,6 +275,9 @@ def explain(error: ValidationError, schema: type[BaseModel], where: str) -> str:
         elif problem["type"] == "missing":
             rule = "is required"
         else:
+            if problem["type"] == "literal_error":
+                choices = re.findall(r"'([^']*)'", problem["ctx"]["expected"])
+                rule += suggest(str(problem["input"]), choices)
             place = f"{place}={problem['input']!r}"
             if problem["type"] == "model_type":
                 named = problem["ctx"]["class_name"] in ("Component", "SourceConfig")

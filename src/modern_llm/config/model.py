@@ -11,7 +11,7 @@ from pydantic import (
     model_validator,
 )
 
-from modern_llm.config.schema import OPTIONAL, Component, Schema, count_of
+from modern_llm.config.schema import Component, Schema, count_of
 
 # Three matrices, so their default width is 8/3 of d_model; their nonlinearity is their own. That no
 # gated feed-forward of `modern_llm.models` is missing here is tested there.
@@ -48,10 +48,27 @@ NAMES = {  # field -> what other projects call its choices -> what they are call
         "ff_geglu": "geglu",
         "ff_relu2": "relu2",
         "ff_moe": "moe",
+        "mlp": "standard",
     },
+    "norm": {
+        "rms": "rmsnorm",
+        "rms_norm": "rmsnorm",
+        "ln": "layernorm",
+        "layer_norm": "layernorm",
+        "layer_norm_nobias": "layernorm_nobias",
+        "scale_norm": "scalenorm",
+    },
+    "position": {
+        "learned_absolute": "learned",
+        "absolute": "learned",
+        "rotary": "rope",
+        "nope": "none",
+    },
+    "activation": {"gelu_new": "gelu_tanh", "swish": "silu"},
 }
 WIDTH_RULES = ("4x", "8/3", "equal_params", "equal_flops")
 WIDTH = {"anyOf": [{"type": "integer", "exclusiveMinimum": 0}, {"enum": list(WIDTH_RULES)}]}
+HEADS = {"anyOf": [{"type": "integer", "exclusiveMinimum": 0}, {"type": "null"}]}
 DEFAULT_EXPERTS = 8
 SHORT = {  # in `ModelConfig.short_name`; any other component is named in full
     "rope": "RoPE",
@@ -96,7 +113,7 @@ class ModelConfig(Schema):
     d_model: PositiveInt
     n_layers: PositiveInt
     n_heads: PositiveInt
-    n_kv_heads: Annotated[PositiveInt, WithJsonSchema(OPTIONAL)]  # default, and null: n_heads
+    n_kv_heads: Annotated[PositiveInt, WithJsonSchema(HEADS)]  # default, or null: n_heads
     d_ff: Annotated[
         PositiveInt, WithJsonSchema(WIDTH)
     ]  # a width, or a rule (see `width_of`); default: 4x, of a gated one 8/3

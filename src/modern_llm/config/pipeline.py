@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from itertools import combinations
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import (
     Field,
@@ -11,21 +11,19 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    WithJsonSchema,
     field_validator,
     model_validator,
 )
 
 from modern_llm.config.data import DataConfig, TokenizerConfig
 from modern_llm.config.model import ModelConfig
-from modern_llm.config.schema import OPTIONAL, Schema, SourceConfig, count_of, given_shares
+from modern_llm.config.schema import Schema, SourceConfig, count_of, given_shares
 from modern_llm.config.training import TrainingConfig
 from modern_llm.runtime.artifacts import sha256_json, to_json
 
 STAGES = ("pretrain", "sft", "dpo", "verifier", "eval")
 TRAINED_STAGES = STAGES[:-1]
 LOGGING = ("log_every", "grad_log_every", "save_every", "keep_last", "trackers")
-PAIR_LIMITS = ("max_prompt_tokens", "max_answer_tokens")
 # What a stage does not take from the section that all share, because it would do nothing there.
 NOT_SHARED = {"sft": {"doc_mask"}, "dpo": {"doc_mask", "seq_len"}, "verifier": {"doc_mask"}}
 
@@ -63,9 +61,8 @@ class DPOConfig(RowsConfig):
     loss: Literal["sigmoid", "ipo"] = "sigmoid"
     beta: PositiveFloat = 0.1
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)
-    # default, and null: half of model.max_seq_len each
-    max_prompt_tokens: Annotated[PositiveInt, WithJsonSchema(OPTIONAL)]
-    max_answer_tokens: Annotated[PositiveInt, WithJsonSchema(OPTIONAL)]
+    max_prompt_tokens: PositiveInt  # default: half of model.max_seq_len
+    max_answer_tokens: PositiveInt  # default: a quarter of it
 
     @model_validator(mode="after")
     def _check_loss(self) -> Self:
@@ -218,7 +215,8 @@ class PipelineConfig(Schema):
         seq_len = model.get("max_seq_len") if isinstance(model, dict) else None
         cap = count_of(value.get("max_steps"))
         # What is wrong with these is told there, and not once more for every stage.
-        defaults = {"seq_len": count_of(seq_len) or 1, "seed": count_of(value.get("seed")) or 0}
+        context = count_of(seq_len) or 1
+        defaults = {"seq_len": context, "seed": count_of(value.get("seed")) or 0}
         value = dict(value)
         for stage in TRAINED_STAGES:
             section = value.get(stage)
@@ -230,9 +228,8 @@ class PipelineConfig(Schema):
             unused = NOT_SHARED.get(stage, set())
             training = {k: v for k, v in {**defaults, **shared}.items() if k not in unused} | own
             if stage == "dpo":
-                half = max(1, defaults["seq_len"] // 2)
-                missing = {n: half for n in PAIR_LIMITS if section.get(n) is None}
-                section = {**section, **missing}
+                parts = {"max_prompt_tokens": context // 2, "max_answer_tokens": context // 4}
+                section = {name: max(1, part) for name, part in parts.items()} | section
                 training.setdefault("seq_len", _pair_tokens(section))
             if cap and (steps := count_of(training.get("max_steps"))):
                 training["max_steps"] = min(cap, steps)
@@ -329,7 +326,9 @@ def config_sha256(config: Mapping[str, Any]) -> str:
 
 def _pair_tokens(section: Mapping[str, Any]) -> int:
     """Tokens of DPO's longest row, a prompt and both answers, before or after validation."""
-    prompt, answer = (count_of(section[name]) or 1 for name in PAIR_LIMITS)
+    prompt, answer = (
+        count_of(section[name]) or 1 for name in ("max_prompt_tokens", "max_answer_tokens")
+    )
     return prompt + 2 * answer
 
 

@@ -13,8 +13,6 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema
 
-# Schema, for editors, of a count that is worked out where it is not given, or is null.
-OPTIONAL = {"anyOf": [{"type": "integer", "exclusiveMinimum": 0}, {"type": "null"}]}
 MIN_SHARE = 0.001  # of a mixture: one row in 1000
 
 

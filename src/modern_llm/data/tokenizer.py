@@ -6,9 +6,11 @@ text, also when it reads ``<|eos|>``.
 
 import hashlib
 import itertools
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
@@ -52,6 +54,12 @@ class Tokenizer:
         self.bos_id, self.eos_id, self.pad_id, self.user_id, self.assistant_id = ids
         self.special_ids = frozenset(ids)
         self.sha256 = hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    @property
+    def kind(self) -> str:
+        """How it cuts text: ``characters``, or the library's name of its model, such as ``BPE``."""
+        model: dict[str, Any] = json.loads(self.to_json())["model"]
+        return "characters" if model.get("merges") == [] else str(model["type"])
 
     def encode(self, text: str) -> list[int]:
         """Ids of ``text``; never a special id.

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from modern_llm.config import PipelineConfig, check_run_name, load_config
+from modern_llm.config.train_flags import translate
 from modern_llm.errors import ConfigError
-from modern_llm.experiments.train_flags import translate
 
 
 @dataclass(frozen=True, init=False)

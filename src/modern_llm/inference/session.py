@@ -1,18 +1,20 @@
 """A checkpoint, its tokenizer and its template, ready to answer."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from modern_llm.data.templates import Prompt, Turn, prompts_ids, truncate_prompt
+from modern_llm.data.templates import Prompt, prompts_ids, truncate_prompt
 from modern_llm.data.tokenizer import Tokenizer
 from modern_llm.errors import ConfigError
 from modern_llm.models import ModernDecoderLM, generate
+from modern_llm.models.cost import params_by_kind
+from modern_llm.models.generate import Sampling
 from modern_llm.runtime.devices import autocast, check_precision, resolve_device
 from modern_llm.runtime.seeding import derive_seed
 from modern_llm.training.checkpoint import load_model_weights, read_checkpoint
@@ -32,6 +34,9 @@ class Sampler:
         top_k: keeps the k likeliest; 0 = off.
         top_p: keeps the likeliest tokens that sum to this probability; 1 = off.
         seed: of the draws.
+
+    Raises:
+        ConfigError: an option is out of range.
     """
 
     max_new_tokens: int | None = None
@@ -39,6 +44,9 @@ class Sampler:
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        Sampling(self.temperature, self.top_k, self.top_p)
 
 
 @dataclass(frozen=True)
@@ -49,11 +57,13 @@ class Reply:
         text: without special tokens.
         n_tokens: how many were drawn, EOS not counted.
         finished: True when it ended with EOS, False when it ran out of tokens.
+        first_token_s: time to the first token; see `modern_llm.models.generate.Completion`.
     """
 
     text: str
     n_tokens: int
     finished: bool
+    first_token_s: float = field(compare=False)
 
 
 @dataclass(frozen=True)
@@ -91,7 +101,7 @@ class Session:
             plain: continue the text as it is, as in pretraining, without the chat template.
 
         Raises:
-            ConfigError: ``max_new_tokens`` fills the context, or an option is out of range.
+            ConfigError: ``max_new_tokens`` fills the context.
         """
         sampler = sampler or Sampler()
         room = self.room(sampler)
@@ -116,7 +126,12 @@ class Session:
                 n_vocab=self.tokenizer.n_vocab,
             )
         return [
-            Reply(self.tokenizer.decode(done.tokens), len(done.tokens), done.finished)
+            Reply(
+                self.tokenizer.decode(done.tokens),
+                len(done.tokens),
+                done.finished,
+                done.first_token_s,
+            )
             for done in completions
         ]
 
@@ -141,23 +156,50 @@ class Session:
         """Tokens that a prompt may have; see `new_tokens`."""
         return self.model.config.max_seq_len - self.new_tokens(sampler)
 
+    @property
+    def continues(self) -> bool:
+        """Whether it is to go on with a text as it is: nothing but pretraining has seen it."""
+        return self.meta.get("stage") == "pretrain"
+
     def facts(self) -> dict[str, str]:
-        """What the model is, for people: checkpoint, stage, size, parts, tokenizer, device."""
-        config = self.model.config
+        """What the model is and what it came from, for people, as far as the checkpoint says."""
+        config, meta = self.model.config, self.meta
         cost = self.model.cost(config.max_seq_len)
         active = "" if cost.active_params == cost.params else f", {cost.active_params:,} active"
         heads = f"{config.n_heads} heads ({config.n_kv_heads} key/value)"
+        kinds = params_by_kind(self.model)
+        parent = meta.get("parent")
+        data = [
+            ", ".join(dict.fromkeys(meta.get("data", ()))),
+            _short("with fingerprint", "data_fingerprint", meta),
+        ]
         return {
             "checkpoint": str(self.folder),
-            "stage": f"{self.meta.get('stage', '?')}, step {self.meta.get('step', '?')}",
+            "model": config.short_name,
+            "stage": f"{meta.get('stage', '?')}, step {meta.get('step', '?')}",
+            "run": f"{meta.get('run', '?')}{_short(', config', 'config_sha256', meta)}",
+            "trained on": " ".join(part for part in data if part) or "?",
+            "parent": f"{parent['stage']} {parent['sha256'][:12]}" if parent else "none",
             "parameters": f"{cost.params:,}{active}",
+            "of these": ", ".join(f"{count:,} {kind}" for kind, count in kinds.items()),
             "shape": f"{config.n_layers} layers, {config.d_model} wide, {heads}",
             "parts": f"{config.norm.name}, {config.position.name}, "
             f"{'moe of ' if config.moe else ''}{config.ffn.name}",
             "context": f"{config.max_seq_len} tokens",
             "vocabulary": f"{self.tokenizer.n_vocab} ids",
+            "tokenizer": f"{self.tokenizer.kind}, {self.tokenizer.sha256[:12]}",
+            "on disk": f"{_bytes_below(self.folder) / 1e6:,.1f} MB",
             "device": f"{self.device}, {self.precision}",
         }
+
+
+def _short(told: str, key: str, meta: Mapping[str, Any]) -> str:
+    """``told`` and the beginning of a hash, or nothing where there is none."""
+    return f"{told} {meta[key][:12]}" if key in meta else ""
+
+
+def _bytes_below(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir())
 
 
 def load_model(checkpoint: Path, *, device: str = "auto", precision: str = "fp32") -> Session:
@@ -201,8 +243,13 @@ def decode_threads(device: torch.device, n_rows: int) -> Iterator[None]:
             torch.set_num_threads(before)
 
 
-def timed_reply(session: Session, turns: Sequence[Turn], sampler: Sampler) -> tuple[Reply, float]:
-    """The answer to a dialogue, and tokens per second."""
+def timed_reply(
+    session: Session, prompt: Prompt, sampler: Sampler, *, plain: bool = False
+) -> tuple[Reply, str]:
+    """The answer to one prompt, and how fast it came, for people."""
     start = time.perf_counter()
-    (reply,) = session.complete([list(turns)], sampler=sampler)
-    return reply, reply.n_tokens / max(time.perf_counter() - start, 1e-9)
+    (reply,) = session.complete([prompt], sampler=sampler, plain=plain)
+    speed = reply.n_tokens / max(time.perf_counter() - start, 1e-9)
+    ending = "" if reply.finished else ", cut"
+    told = f"{reply.n_tokens} tokens, {speed:.0f} tokens/s, first after {reply.first_token_s:.3f} s"
+    return reply, f"({told}{ending})"

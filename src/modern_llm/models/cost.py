@@ -51,3 +51,26 @@ def part_cost(name: str, module: nn.Module, *, flops: float = 0.0) -> Cost:
     """Cost of a part whose every parameter is active: its parameters and ``flops`` per token."""
     count = sum(parameter.numel() for parameter in module.parameters())
     return Cost(count, count, 0, flops, {name: flops} if flops else {})
+
+
+KINDS = {  # first part of a parameter's name, below its block -> kind
+    "embedding": "embedding",
+    "position": "embedding",
+    "attention": "attention",
+    "ffn": "feed-forward",
+    "moe": "experts",
+    "attention_norm": "norms",
+    "ffn_norm": "norms",
+    "final_norm": "norms",
+    "head": "head",
+}
+
+
+def params_by_kind(decoder: nn.Module) -> dict[str, int]:
+    """Trained numbers of a decoder by what they are for; tied ones count as embedding."""
+    counts: dict[str, int] = {}
+    for name, parameter in decoder.named_parameters():
+        parts = name.split(".")
+        kind = KINDS[parts[2] if parts[0] == "blocks" else parts[0]]
+        counts[kind] = counts.get(kind, 0) + parameter.numel()
+    return counts

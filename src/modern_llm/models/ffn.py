@@ -6,6 +6,8 @@ serves as the experts of a mixture) and registers a name. Where three matrices m
 default width needs the name in ``GATED_FFNS`` of `modern_llm.config.model`; a test says so.
 """
 
+from abc import ABC, abstractmethod
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -14,7 +16,6 @@ from modern_llm.models.dims import Dims
 from modern_llm.models.linear import Factory, GroupedLinear, Linear
 from modern_llm.registry import Registry
 
-FFNS = Registry("feed-forward")
 ACTIVATIONS = Registry("activation")
 
 ACTIVATIONS.register("relu")(F.relu)
@@ -29,17 +30,20 @@ def gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-class FFN(nn.Module):
+class FFN(nn.Module, ABC):
     """A feed-forward on the last axis, ``(..., D)`` -> ``(..., D)``."""
 
+    @abstractmethod
     def forward(self, x: Tensor, *groups: Tensor) -> Tensor:
         """``groups`` goes to each linear layer: nothing, or the row counts of experts."""
-        raise NotImplementedError
 
     def cost(self, seq_len: int) -> Cost:
         """The matrices, each used once a token."""
         layers = [m for m in self.modules() if isinstance(m, Linear | GroupedLinear)]
         return part_cost("ffn", self, flops=sum(layer.flops() for layer in layers))
+
+
+FFNS = Registry("feed-forward", base=FFN, sizes=("dims", "activation", "linear"))
 
 
 @FFNS.register("standard", "mlp")
@@ -79,9 +83,9 @@ class GatedFFN(FFN):
         self.gate_up = linear(dims.d_model, 2 * dims.d_ff, bias=dims.bias)
         self.down = linear(dims.d_ff, dims.d_model, bias=dims.bias, residual=True)
 
+    @abstractmethod
     def gate(self, x: Tensor) -> Tensor:
         """The nonlinearity ``f``."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor, *groups: Tensor) -> Tensor:
         """As in `FFN`."""

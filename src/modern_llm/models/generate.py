@@ -1,7 +1,9 @@
 """Batched sampling with a cache of keys and values."""
 
+import math
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -21,10 +23,13 @@ class Completion:
     Attributes:
         tokens: new tokens, without EOS.
         finished: True when it ended with EOS, False when it ran out of tokens.
+        first_token_s: from the start of its batch, whose prompts are read first, to its first
+            token.
     """
 
     tokens: list[int]
     finished: bool
+    first_token_s: float = field(compare=False)
 
 
 @dataclass(frozen=True)
@@ -218,6 +223,7 @@ def _complete(
     streaming: bool,
 ) -> list[Completion]:
     """Continue one batch."""
+    begin, first_s = time.perf_counter(), math.nan
     n_rows, n_new = uniform_BT.shape
     limit = model.config.max_seq_len
     rooms = [n_new if streaming else min(n_new, limit - len(prompt)) for prompt in prompts]
@@ -233,7 +239,9 @@ def _complete(
             done_B |= next_B == eos_id
         if step + 1 >= min(rooms):
             done_B |= room_B <= step + 1
-        n_done = int(done_B.sum())
+        n_done = int(done_B.sum())  # waits for the device, so the time of the first is a true one
+        if step == 0:
+            first_s = time.perf_counter() - begin
         if n_done == len(rows_B):
             break
         if n_done >= DROP_SHARE * len(rows_B):
@@ -244,6 +252,8 @@ def _complete(
         hidden_BD = model.hidden(next_B[:, None], cache=cache)[:, -1]
     rows = [row[:room] for row, room in zip(out_BT.tolist(), rooms, strict=True)]
     return [
-        Completion(row[: row.index(eos_id)], True) if eos_id in row else Completion(row, False)
+        Completion(row[: row.index(eos_id)], True, first_s)
+        if eos_id in row
+        else Completion(row, False, first_s)
         for row in rows
     ]

@@ -4,6 +4,7 @@ To add one: a class that takes ``(width, eps, bias)`` and registers a name.
 """
 
 import math
+from abc import ABC, abstractmethod
 
 import torch
 import torch.nn.functional as F
@@ -12,22 +13,27 @@ from torch import Tensor, nn
 from modern_llm.models.cost import Cost, part_cost
 from modern_llm.registry import Registry
 
-NORMS = Registry("norm")
-
 
 def at_least_float32(x: Tensor) -> Tensor:
     """``x`` in float32, or in float64 when it is."""
     return x if x.dtype is torch.float64 else x.float()
 
 
-class Norm(nn.Module):
+class Norm(nn.Module, ABC):
     """Normalises the last axis; the output has the input's shape and dtype."""
 
     weight: nn.Parameter
 
+    @abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., width)`` -> the same shape and dtype."""
+
     def cost(self, seq_len: int) -> Cost:
         """Parameters only: a norm has no matrix product."""
         return part_cost("norm", self)
+
+
+NORMS = Registry("norm", base=Norm, sizes=("width", "eps", "bias"))
 
 
 @NORMS.register("rmsnorm", "rms_norm", "rms")

@@ -16,8 +16,6 @@ from modern_llm.models.cost import Cost
 from modern_llm.models.dims import Dims
 from modern_llm.registry import Registry
 
-POSITIONS = Registry("position encoding")
-
 
 class PositionEncoding(nn.Module):
     """Where a position enters: the embedding, the queries and keys, or the attention logits.
@@ -55,6 +53,9 @@ class PositionEncoding(nn.Module):
     def cost(self, seq_len: int) -> Cost:
         """Nothing, unless the encoding is learned."""
         return Cost()
+
+
+POSITIONS = Registry("position encoding", base=PositionEncoding, sizes=("dims",))
 
 
 @POSITIONS.register("none", "nope")

@@ -241,6 +241,8 @@ class TrainedStage(Stage):
             "run": self.config.name,
             "model": self.config.model.model_dump(mode="json"),
             "config_sha256": self.config.sha256(),
+            "plugins": self.config.plugins,
+            "data": [source.name for source in self.section.data],
             "tokenizer_sha256": self.tokenizer.sha256,
             "template_sha256": TEMPLATE_HASH,
             "parent": parent and {key: parent[key] for key in ("stage", "sha256")},

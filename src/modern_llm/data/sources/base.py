@@ -10,7 +10,6 @@ from modern_llm.data.corruption import has_final_number
 from modern_llm.errors import DataError
 from modern_llm.registry import Registry
 
-SOURCES = Registry("data source")
 SPLITS = ("train", "validation", "test")
 KINDS = {
     "text": ("text",),
@@ -98,6 +97,9 @@ class Source(ABC):
     @abstractmethod
     def fingerprint(self, split: str = "train") -> str:
         """Hash of all that decides the rows of a split: content or revision, and options."""
+
+
+SOURCES = Registry("data source", base=Source, sizes=("data",))
 
 
 def check_split(split: str) -> str:
