@@ -66,6 +66,14 @@ def test_named_paths_exist(page: Path) -> None:
     assert not missing
 
 
+@pytest.mark.parametrize("page", OWN, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_no_equation_is_eaten_by_markdown(page: Path) -> None:
+    """Between ``$$`` a backslash before punctuation is lost, and ``}_`` may begin an emphasis."""
+    for equation in re.findall(r"^\$\$\n(.*?)^\$\$$", prose(page), re.M | re.S):
+        eaten = re.findall(r"\\[!-/:-@\[-`{-~]|[^\w\s]_|\*|^[=+-]", equation, re.M)
+        assert not eaten, f"{eaten} in {equation}"
+
+
 def test_lines_quotations_and_excerpts_are_those_of_the_source() -> None:
     told: list[str] = []
     for page in OWN:
