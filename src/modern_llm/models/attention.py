@@ -5,6 +5,7 @@ To add a kind: a subclass of `Attention` with `mix` and `mix_flops`, and a name.
 
 import itertools
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -244,7 +245,9 @@ class LinearAttention(Attention):
 
     def mix(self, qk: Tensor, v_BTKH: Tensor, context: AttentionContext) -> Tensor:
         """As in `Attention`."""
-        with torch.autocast(qk.device.type, enabled=False):
+        device = qk.device.type
+        known = torch.amp.is_autocast_available(device)  # not on the meta device
+        with torch.autocast(device, enabled=False) if known else nullcontext():
             features = F.elu(at_least_float32(qk)) + 1
             turned = context.position.rotate(features, context.prepared)
             q_BTNH, k_BTKH = self.split(features)
