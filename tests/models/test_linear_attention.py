@@ -51,7 +51,7 @@ def test_values_and_gradients_match_the_recurrence(
     layer = model.blocks[0].attention
     x = torch.randn(1, n_tokens, 32, generator=torch.Generator().manual_seed(0), requires_grad=True)
     context = model._contexts(
-        torch.arange(n_tokens)[None], torch.arange(n_tokens)[None], None, None, None, None
+        torch.arange(n_tokens)[None], torch.arange(n_tokens)[None], *[None] * 4, by_index=True
     )[0]
     leaves = [x, layer.qkv.weight, layer.out.weight]
     results = []

@@ -31,7 +31,7 @@ def test_rules_compose_as_written_out(
         pos[:, n_keys - n_queries :],
         pos,
         window=window,
-        doc_ids_BT=docs,
+        doc_ids_BS=docs,
         mask_BTS=mask,
         pad_B=pad,
     )

@@ -3,7 +3,11 @@
 To add a kind: a subclass of `Attention` with `mix` and `mix_flops`, and a name.
 """
 
+import itertools
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +21,7 @@ from modern_llm.models.dims import Dims
 from modern_llm.models.kernels import KERNELS, Kernel
 from modern_llm.models.kv_cache import KVCache, StateCache, StreamingCache
 from modern_llm.models.linear import Linear
+from modern_llm.models.masks import Piece, Window
 from modern_llm.models.norms import NORMS, at_least_float32
 from modern_llm.models.positions import PositionEncoding
 from modern_llm.registry import Registry
@@ -34,6 +39,7 @@ class AttentionContext:
         prepared_keys: its `prepare` for all keys, when a cache keeps them without position.
         bias: added to the logits, broadcastable to ``(B, N, T, S)``; masks are in it.
         is_causal: the plain causal mask, without bias.
+        pieces: a window in pieces, each with its bias, in place of ``bias`` and ``is_causal``.
         cache: what is kept of the tokens so far.
     """
 
@@ -42,6 +48,7 @@ class AttentionContext:
     prepared_keys: Any = None
     bias: Tensor | None = None
     is_causal: bool = True
+    pieces: tuple[Piece, ...] = ()
     cache: KVCache | StreamingCache | StateCache | None = None
 
 
@@ -140,16 +147,17 @@ class FullAttention(Attention):
         if streaming:
             k_BSKH = k_BKSH.transpose(1, 2)
             k_BKSH = context.position.rotate(k_BSKH, context.prepared_keys).transpose(1, 2)
-        out_BNTH = self.kernel(
-            q_BTNH.transpose(1, 2),
-            k_BKSH,
-            v_BKSH,
-            context.bias,
-            is_causal=context.is_causal,
+        attend = partial(
+            self.kernel,
             sink_N=self.sink_N,
             dropout=self.dropout if self.training else 0.0,
             softcap=self.softcap,
         )
+        q_BNTH = q_BTNH.transpose(1, 2)
+        if context.pieces:
+            out_BNTH = in_pieces(attend, q_BNTH, k_BKSH, v_BKSH, context.pieces)
+        else:
+            out_BNTH = attend(q_BNTH, k_BKSH, v_BKSH, context.bias, is_causal=context.is_causal)
         return out_BNTH.transpose(1, 2)
 
     def mix_flops(self, seq_len: int) -> float:
@@ -163,8 +171,62 @@ class FullAttention(Attention):
 class WindowAttention(FullAttention):
     """The last ``window`` keys and the first ``n_sinks`` (arXiv:2004.05150, sec. 3.1).
 
-    The decoder's masks hide the others, in the layers that ``window_pattern`` names.
+    The others are left out and hidden, in the layers that ``window_pattern`` names: there, time and
+    memory grow with the text times the window, whatever the kernel.
     """
+
+    def __init__(self, config: ModelConfig, dims: Dims, layer: int) -> None:
+        super().__init__(config, dims, layer)
+        assert config.window is not None
+        windowed = config.window_pattern[layer % len(config.window_pattern)] == "S"
+        self.window = Window(config.window, config.n_sinks) if windowed else None
+
+    def mix_flops(self, seq_len: int) -> float:
+        """Every query against the keys of its piece: fewer than ``window`` plus a block."""
+        if self.window is None or seq_len <= self.window.size:
+            return super().mix_flops(seq_len)
+        sizes, sink = (self.dims.n_heads, self.dims.head_size), self.sink_N is not None
+        total = sum(
+            piece.n_queries * self.kernel.flops(*sizes, piece.n_keys, sink=sink, is_causal=False)
+            for piece in self.window.pieces(seq_len, seq_len)
+        )
+        return total / seq_len
+
+
+def in_pieces(
+    attend: Callable[..., Tensor],
+    q_BNTH: Tensor,
+    k_BKSH: Tensor,
+    v_BKSH: Tensor,
+    pieces: tuple[Piece, ...],
+) -> Tensor:
+    """Attention ``(B, N, T, H)`` of the queries of each piece to its own keys, by ``attend``."""
+    queries = torch.split(q_BNTH, [piece.n_queries for piece in pieces], 2)
+    keys, values = (_keys_of(pieces, x) for x in (k_BKSH, v_BKSH))
+    biases = [piece.bias for piece in pieces]
+    parts = [attend(*each) for each in zip(queries, keys, values, biases, strict=True)]
+    return torch.cat(parts, 2)
+
+
+def _keys_of(pieces: tuple[Piece, ...], x_BKSH: Tensor) -> list[Tensor]:
+    """Keys or values of each piece, ``(B, K, n_keys, H)``.
+
+    Put together from blocks: the gradient of a slice is as long as what it was cut from, and must
+    not be as long as the text for every piece.
+    """
+    low = pieces[0].first_key
+    begins = [low, *(piece.start for piece in pieces), pieces[-1].end]
+    sizes = [end - begin for begin, end in itertools.pairwise(begins)]
+    blocks = torch.split(x_BKSH[:, :, low:], sizes, 2)
+    sinks = x_BKSH[:, :, : pieces[-1].n_sinks]
+    found, first = [], 0
+    for i, piece in enumerate(pieces):
+        while begins[first + 1] <= piece.first_key:
+            first += 1
+        near = list(blocks[first : i + 2])
+        near[0] = near[0][:, :, piece.first_key - begins[first] :]
+        found.append(torch.cat([sinks, *near] if piece.n_sinks else near, 2))
+    return found
 
 
 @ATTENTIONS.register("linear")
@@ -183,7 +245,9 @@ class LinearAttention(Attention):
 
     def mix(self, qk: Tensor, v_BTKH: Tensor, context: AttentionContext) -> Tensor:
         """As in `Attention`."""
-        with torch.autocast(qk.device.type, enabled=False):
+        device = qk.device.type
+        known = torch.amp.is_autocast_available(device)  # not on the meta device
+        with torch.autocast(device, enabled=False) if known else nullcontext():
             features = F.elu(at_least_float32(qk)) + 1
             turned = context.position.rotate(features, context.prepared)
             q_BTNH, k_BTKH = self.split(features)

@@ -1,5 +1,6 @@
 """The decoder: embeddings, blocks, a last norm, a head."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from modern_llm.models.dims import Dims
 from modern_llm.models.initialize import calm_tied_logits, initialize
 from modern_llm.models.kv_cache import KVCache, StateCache, StreamingCache
 from modern_llm.models.linear import Linear
-from modern_llm.models.masks import Window, additive, document_positions, visible_keys
+from modern_llm.models.masks import Piece, Window, additive, document_positions, visible_keys
 from modern_llm.models.moe import Routing
 from modern_llm.models.norms import NORMS
 from modern_llm.models.positions import POSITIONS, PositionEncoding
@@ -160,8 +161,14 @@ class ModernDecoderLM(WeightsMixin):
             if pad_B is None:
                 pad_B = cache.pad_B
             cache.pad_B = pad_B
+        # Only then are keys as many tokens back as positions, and sinks the first of all tokens.
+        by_index = pos_BT is None and mask_BTS is None
+        if self.config.n_sinks:
+            by_index = by_index and doc_ids_BT is None and pad_B is None
         pos_BT, pos_BS = self._positions(tokens_BT, pos_BT, doc_ids_BT, pad_B, cache)
-        contexts = self._contexts(pos_BT, pos_BS, doc_ids_BT, mask_BTS, pad_B, cache)
+        contexts = self._contexts(
+            pos_BT, pos_BS, doc_ids_BT, mask_BTS, pad_B, cache, by_index=by_index
+        )
         x_BTD = self.position.embed(self.embedding(tokens_BT), pos_BT)
         if self.training and self.config.dropout:
             x_BTD = F.dropout(x_BTD, self.config.dropout)
@@ -209,8 +216,13 @@ class ModernDecoderLM(WeightsMixin):
         mask_BTS: Tensor | None,
         pad_B: Tensor | None,
         cache: Cache | None,
+        *,
+        by_index: bool,
     ) -> list[AttentionContext]:
-        """What each layer attends by: with the window or without, otherwise the same."""
+        """What each layer attends by: with the window or without, otherwise the same.
+
+        Where tokens can be counted in place of positions (``by_index``), a window is cut in pieces.
+        """
         streaming = isinstance(cache, StreamingCache)
         window = self.window
         if streaming or (window is not None and pos_BS.shape[1] <= window.size):
@@ -223,26 +235,53 @@ class ModernDecoderLM(WeightsMixin):
         }
         if isinstance(cache, StateCache):  # the state has seen the past, and no padding
             return [AttentionContext(**shared)] * len(self.blocks)
-        positions = self.position.bias(pos_BT, pos_BS)
-        contexts = {}
+        rules = {"doc_ids_BS": doc_ids_BT, "mask_BTS": mask_BTS, "pad_B": pad_B}
+        contexts: dict[Window | None, AttentionContext] = {}
         for of_layer in {window if windowed else None for windowed in self.windowed}:
-            rules = {"doc_ids_BT": doc_ids_BT, "mask_BTS": mask_BTS, "pad_B": pad_B}
-            bias, is_causal = self._bias(pos_BT, pos_BS, positions, window=of_layer, **rules)
-            contexts[of_layer] = AttentionContext(**shared, bias=bias, is_causal=is_causal)
+            if of_layer is not None and by_index:
+                pieces = self._pieces(pos_BT, pos_BS, of_layer, doc_ids_BT, pad_B)
+                contexts[of_layer] = AttentionContext(**shared, pieces=pieces)
+            else:
+                bias, is_causal = self._bias(pos_BT, pos_BS, window=of_layer, **rules)
+                contexts[of_layer] = AttentionContext(**shared, bias=bias, is_causal=is_causal)
         return [contexts[window if windowed else None] for windowed in self.windowed]
 
-    def _bias(
-        self, pos_BT: Tensor, pos_BS: Tensor, bias: Tensor | None, **rules: Any
-    ) -> tuple[Tensor | None, bool]:
+    def _pieces(
+        self,
+        pos_BT: Tensor,
+        pos_BS: Tensor,
+        window: Window,
+        doc_ids_BT: Tensor | None,
+        pad_B: Tensor | None,
+    ) -> tuple[Piece, ...]:
+        """The window in pieces, each with masks and position bias; equal masks are one tensor."""
+        n_queries, n_keys = pos_BT.shape[1], pos_BS.shape[1]
+        plain = doc_ids_BT is None and pad_B is None and not self.position.has_bias
+        pieces: list[Piece] = []
+        biases: dict[tuple[int, int], Tensor | None] = {}
+        for piece in window.pieces(n_queries, n_keys):
+            shape = piece.n_queries, piece.n_keys
+            if not plain or shape not in biases:
+                biases[shape], _ = self._bias(
+                    pos_BS[:, piece.start : piece.end],
+                    piece.keys_of(pos_BS),
+                    window=window if piece.n_queries > 1 else None,
+                    doc_ids_BS=None if doc_ids_BT is None else piece.keys_of(doc_ids_BT),
+                    pad_B=None if pad_B is None else pad_B - piece.first_key,
+                )
+            pieces.append(replace(piece, bias=biases[shape]))
+        return tuple(pieces)
+
+    def _bias(self, pos_BT: Tensor, pos_BS: Tensor, **rules: Any) -> tuple[Tensor | None, bool]:
         """Masks and position bias of a layer in one tensor, or none where the causal mask suffices.
 
         Args:
-            pos_BT: positions of the new tokens.
-            pos_BS: positions of all keys.
-            bias: of the position encoding.
+            pos_BT: positions of the queries.
+            pos_BS: positions of the keys.
             **rules: as in `visible_keys`.
         """
         n_queries, n_keys = pos_BT.shape[1], pos_BS.shape[1]
+        bias = self.position.bias(pos_BT, pos_BS)
         plain = all(rule is None for rule in rules.values())
         if plain and bias is None and n_queries == n_keys:
             return None, True
