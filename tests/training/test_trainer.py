@@ -35,7 +35,10 @@ from modern_llm.training import (
 from modern_llm.training.checkpoint import FORMAT
 
 Trainers = Callable[..., Trainer]
-TIMING = ("tokens_per_s", "mfu", "memory_gb", "time_s", "seconds")
+TIMING = (
+    *("tokens_per_s", "tflops", "mfu", "step_s", "time_s", "seconds"),
+    *("memory_gb", "memory_peak_gb"),
+)
 
 
 def rows(folder: Path, kind: str = "train") -> list[dict[str, Any]]:

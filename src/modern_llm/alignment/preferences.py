@@ -62,6 +62,7 @@ class DPOObjective:
     """
 
     unit = "pair"
+    likelihood = False
 
     def __init__(self, options: DPOConfig, reference_P2: Tensor) -> None:
         self.options = options

@@ -35,6 +35,7 @@ class Objective(Protocol):
     """Loss of one stage."""
 
     unit: str  # "token", "pair" or "answer"
+    likelihood: bool  # the loss is nats of a token, and its exponential a perplexity
 
     def units(self, batch: Any) -> int:
         """Units of the batch; may be 0. Called on the CPU, before the batch is moved."""
@@ -68,6 +69,7 @@ class LMObjective:
     """
 
     unit = "token"
+    likelihood = True
 
     def __init__(self, *, gather: bool = False, compile: bool = False) -> None:
         self.gather = gather

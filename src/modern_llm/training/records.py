@@ -1,6 +1,7 @@
 """Records of a training run: how far it is, one step, the first loss, and what it came to."""
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,6 +46,11 @@ class FirstLoss:
             log.warning("%s: off by more than %g", told, self.tolerance)
 
 
+def perplexity(loss: float) -> float:
+    """Exponential of a loss in nats a token; infinite where no float can hold it."""
+    return math.exp(loss) if loss < math.log(sys.float_info.max) else math.inf
+
+
 @dataclass
 class Progress:
     """How far a run is; saved in every checkpoint."""
@@ -79,7 +85,9 @@ class FitResult:
 
     steps: int
     tokens: int
-    seconds: float
+    passes: float  # over the training data
+    seconds: float  # in training steps
+    epoch_s: float  # of them, a pass
     tokens_per_s: float
     mfu: float | None
     peak_memory_gb: float

@@ -24,7 +24,8 @@ from modern_llm.runtime.artifacts import JsonLines, sha256_json
 from modern_llm.runtime.devices import (
     check_precision,
     keep_freed_memory,
-    memory_gb,
+    memory_row,
+    peak_memory_gb,
     resolve_device,
     resolve_precision,
 )
@@ -37,8 +38,8 @@ from modern_llm.training.checkpoint import (
     write_checkpoint,
 )
 from modern_llm.training.objectives import Objective
-from modern_llm.training.progress import RunLog
-from modern_llm.training.records import FirstLoss, FitResult, Progress, StepStats
+from modern_llm.training.progress import RunLog, train_row
+from modern_llm.training.records import FirstLoss, FitResult, Progress, StepStats, perplexity
 from modern_llm.training.retention import (
     checkpoint_path,
     list_checkpoints,
@@ -48,7 +49,7 @@ from modern_llm.training.retention import (
     standing_final,
     sweep,
 )
-from modern_llm.training.throughput import mfu, peak_flops, peak_memory_gb
+from modern_llm.training.throughput import mfu, peak_flops
 from modern_llm.training.update import Update
 
 log = get_logger(__name__)
@@ -80,6 +81,7 @@ class Trainer:
         sample: generated text to look at, as one row.
         flops_per_token: forward and backward, for the MFU; ``None``: no MFU.
         first_loss: what the loss of the very first step must be.
+        startup: what the stage told before it began, for the record (`startup`).
         resume: go on from the newest good checkpoint; ``False`` refuses a folder that has one.
         allow_data_change: go on although the data is not what it was.
 
@@ -101,6 +103,7 @@ class Trainer:
         sample: Callable[[nn.Module], Mapping[str, Any]] | None = None,
         flops_per_token: float | None = None,
         first_loss: FirstLoss | None = None,
+        startup: Mapping[str, Any] | None = None,
         resume: bool = True,
         allow_data_change: bool = False,
     ) -> None:
@@ -115,6 +118,7 @@ class Trainer:
         self.tokenizer_json, self.checkpoint_meta = tokenizer_json, dict(checkpoint_meta)
         self.evaluate, self.sample = evaluate, sample
         self.flops_per_token, self.first_loss = flops_per_token, first_loss
+        self.startup = startup
         self.resume, self.allow_data_change = resume, allow_data_change
         self.update = Update(self.model, objective, config, device=self.device)
         self.progress = Progress()
@@ -331,7 +335,8 @@ class Trainer:
         self._validation = (step, dict(scores))
         if loss < self.progress.best_loss:
             self.progress.best_step, self.progress.best_loss = step, loss
-        self.run_log.evaluation({"step": step, **scores})
+        known = {"perplexity": perplexity(loss)} if self.objective.likelihood else {}
+        self.run_log.evaluation({"step": step, **scores, **known})
 
     def _sample(self, stop: StopSignal) -> None:
         assert self.sample is not None
@@ -345,10 +350,13 @@ class Trainer:
         digest = standing_final(final, step=p.step) or self._write(final, with_state=False)
         speed = p.steady_tokens / p.steady_seconds if p.steady_seconds else 0.0
         best = {"step": p.best_step, "loss": p.best_loss} if p.best_step >= 0 else None
+        passes = p.step / self.loader.steps_per_epoch
         return FitResult(
             steps=p.step,
             tokens=p.tokens,
+            passes=passes,
             seconds=p.seconds,
+            epoch_s=p.seconds / passes,
             tokens_per_s=speed,
             mfu=mfu(speed, self.flops_per_token, self.peak),
             peak_memory_gb=peak_memory_gb(self.device),
@@ -370,29 +378,19 @@ class Trainer:
                 "unit": self.objective.unit,
                 "device": str(self.device),
                 "peak_flops": self.peak,
+                "startup": self.startup,
             }
         )
 
     def _tell_step(self, stats: StepStats) -> None:
         p, last = self.progress, self._last_row
-        seconds = p.seconds - last.seconds
-        speed = (p.tokens - last.tokens) / seconds
-        row: dict[str, Any] = {
-            "step": p.step,
-            "loss": stats.loss,
-            "lr": stats.lr,
-            "grad_norm": stats.grad_norm,
-            "tokens": p.tokens,
-            "units": p.units,
-            "tokens_per_s": round(speed, 1),
-            "mfu": mfu(speed, self.flops_per_token, self.peak),
-            "memory_gb": round(memory_gb(self.device), 3),
-            "time_s": round(p.seconds, 3),
-        }
-        row |= {name: value.tolist() for name, value in stats.metrics.items()}
-        eta_s = (self.config.max_steps - p.step) * seconds / (p.step - last.step)
+        row = train_row(
+            stats, p, last, likelihood=self.objective.likelihood,
+            flops_per_token=self.flops_per_token, peak=self.peak,
+        )  # fmt: skip
+        eta_s = (self.config.max_steps - p.step) * (p.seconds - last.seconds) / (p.step - last.step)
         self._last_row = replace(p)
-        self.run_log.train(row, eta_s=eta_s)
+        self.run_log.train(row | memory_row(self.device), eta_s=eta_s)
 
     def _tell_stop(self, status: str) -> None:
         p = self.progress

@@ -59,6 +59,7 @@ class VerifierObjective:
     """
 
     unit = "token"
+    likelihood = False
 
     def __init__(self, lm_coef: float) -> None:
         self.lm_coef = lm_coef
