@@ -13,6 +13,7 @@ from modern_llm.runtime.artifacts import JsonLines
 from modern_llm.training import progress
 from modern_llm.training.progress import RunLog, describe, train_row
 from modern_llm.training.records import Progress, StepStats, perplexity
+from modern_llm.training.throughput import Work
 
 TRAIN: dict[str, Any] = {
     "step": 7, "loss": 1.5, "perplexity": 4.4817, "lr": 1e-3, "grad_norm": 0.5, "tokens": 99,
@@ -37,11 +38,11 @@ def test_one_line_says_how_it_goes() -> None:
 
 
 def row(**changes: Any) -> dict[str, Any]:
-    """A row of a step after one that was told: 400 tokens in 2 seconds and 4 steps."""
-    stats = StepStats(2.0, 0.5, 1e-3, 90, 100, {"accuracy": torch.tensor(0.25)})
-    last = Progress(step=6, tokens=600, units=540, seconds=10.0)
-    now = Progress(step=10, tokens=1000, units=900, seconds=12.0)
-    options = {"likelihood": True, "flops_per_token": 3e9, "peak": 1.2e12, **changes}
+    """A row of a step after one that was told: 400 tokens, 100 scored, in 2 s and 4 steps."""
+    stats = StepStats(2.0, 0.5, 1e-3, 90, 100, 30, {"accuracy": torch.tensor(0.25)})
+    last = Progress(step=6, tokens=600, units=540, scored=150, seconds=10.0)
+    now = Progress(step=10, tokens=1000, units=900, scored=250, seconds=12.0)
+    options = {"likelihood": True, "work": Work(2e9, 4e9), "peak": 1.2e12, **changes}
     return train_row(stats, now, last, **options)
 
 
@@ -50,14 +51,14 @@ def test_speed_is_that_since_the_last_row() -> None:
     assert (told["step"], told["tokens"], told["units"]) == (10, 1000, 900)
     assert told["tokens_per_s"] == 200.0
     assert told["step_s"] == 0.5
-    assert told["tflops"] == pytest.approx(0.6)  # 200 tokens of 3 GFLOP
+    assert told["tflops"] == pytest.approx(0.6)  # 200 tokens of 2 GFLOP and 50 of 4 a second
     assert told["mfu"] == pytest.approx(0.5)
     assert told["accuracy"] == 0.25
     assert told["perplexity"] == pytest.approx(7.38905609893065)
     assert "perplexity" not in row(likelihood=False)
     assert row(peak=None)["mfu"] is None
     assert row(peak=None)["tflops"] == pytest.approx(0.6)
-    assert row(flops_per_token=None)["tflops"] is row(flops_per_token=None)["mfu"] is None
+    assert row(work=None)["tflops"] is row(work=None)["mfu"] is None
 
 
 def test_a_perplexity_that_no_float_can_hold_is_infinite() -> None:

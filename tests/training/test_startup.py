@@ -169,6 +169,8 @@ def test_a_result_has_sizes_and_times(tiny_run: Any, stage: str) -> None:
     rows = (row for row in map(json.loads, (folder / "metrics.jsonl").open()))
     last = [row for row in rows if row["kind"] == "train"][-1]
     assert training["peak_memory_gb"] >= last["memory_peak_gb"] - 0.001
-    assert last["tflops"] * 1e12 == pytest.approx(
-        last["tokens_per_s"] * result["model"]["flops_per_token"], rel=1e-4
-    )
+    dense = last["tokens_per_s"] * result["model"]["flops_per_token"] / 1e12
+    if stage == "pretrain":
+        assert last["tflops"] == pytest.approx(dense, rel=1e-4)
+    else:  # the head computes at answers only
+        assert last["tflops"] < dense

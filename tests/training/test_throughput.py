@@ -3,8 +3,10 @@ import re
 import pytest
 import torch
 
+from modern_llm.models.cost import Cost
 from modern_llm.training.throughput import (
     GPU_TFLOPS,
+    Work,
     cpu_peak_flops,
     device_peak,
     gpu_peak,
@@ -138,6 +140,13 @@ def test_cpu_peak_is_measured_once_and_leaves_the_random_state() -> None:
 
 
 def test_mfu() -> None:
-    assert mfu(100.0, 6e6, 1.2e9) == pytest.approx(0.5)
-    assert mfu(100.0, None, 1.2e9) is None
-    assert mfu(100.0, 6e6, None) is None
+    assert mfu(6e8, 1.2e9) == pytest.approx(0.5)
+    assert mfu(None, 1.2e9) is None
+    assert mfu(6e8, None) is None
+
+
+def test_the_head_works_where_it_computes() -> None:
+    parts = {"projections": 3.0, "attention": 2.0, "ffn": 4.0, "head": 10.0, "value head": 1.0}
+    work = Work.of(Cost(flops_per_token_forward=20.0, parts=parts))
+    assert work.flops(7, 7) == pytest.approx(3 * 20 * 7)
+    assert work.flops(7, 2) == pytest.approx(3 * (9 * 7 + 11 * 2))

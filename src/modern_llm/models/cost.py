@@ -7,6 +7,7 @@ from torch import nn
 
 ATTENTION = ("projections", "attention")  # matrices around it; scores and the mixing of values
 FEED_FORWARD = ("ffn", "experts", "router")
+HEAD = ("head", "value head")
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,11 @@ class Cost:
     def feed_forward_flops(self) -> float:
         """Forward FLOPs per token of the feed-forward, or of the experts and their router."""
         return sum(self.parts.get(name, 0.0) for name in FEED_FORWARD)
+
+    @property
+    def head_flops(self) -> float:
+        """Forward FLOPs per token whose logits, or score, are computed."""
+        return sum(self.parts.get(name, 0.0) for name in HEAD)
 
     def __add__(self, other: "Cost") -> "Cost":
         names = [*self.parts, *(name for name in other.parts if name not in self.parts)]

@@ -40,6 +40,9 @@ class Objective(Protocol):
     def units(self, batch: Any) -> int:
         """Units of the batch; may be 0. Called on the CPU, before the batch is moved."""
 
+    def scored(self, batch: Any) -> int:
+        """Tokens of the batch at which the head computes; called on the CPU too."""
+
     def __call__(self, model: nn.Module, batch: Any) -> Terms:
         """Loss and metrics of one micro-batch, summed over its units."""
 
@@ -78,6 +81,10 @@ class LMObjective:
     def units(self, batch: TokenBatch) -> int:
         """Supervised tokens of the batch."""
         return int((batch.labels_BT != IGNORE).sum())
+
+    def scored(self, batch: TokenBatch) -> int:
+        """All tokens, or those that are supervised."""
+        return self.units(batch) if self.gather else batch.n_tokens
 
     def __call__(self, model: nn.Module, batch: TokenBatch) -> Terms:
         """Cross entropy in nats, summed; with experts, their balance and load as metrics."""

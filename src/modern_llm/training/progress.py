@@ -11,7 +11,7 @@ from modern_llm.runtime.artifacts import JsonLines
 from modern_llm.runtime.environment import environment, utc_now
 from modern_llm.runtime.logs import Trackers, console, get_logger
 from modern_llm.training.records import Progress, StepStats, perplexity
-from modern_llm.training.throughput import mfu
+from modern_llm.training.throughput import Work, mfu
 
 log = get_logger(__name__)
 
@@ -22,7 +22,7 @@ def train_row(
     last: Progress,
     *,
     likelihood: bool,
-    flops_per_token: float | None,
+    work: Work | None,
     peak: float | None,
 ) -> dict[str, Any]:
     """Numbers of the newest step, and the speed since the last row.
@@ -32,11 +32,12 @@ def train_row(
         now: progress after it.
         last: progress at the last row.
         likelihood: the loss is nats of a token, so it has a perplexity.
-        flops_per_token: FLOPs of forward and backward, for TFLOP/s and MFU.
+        work: FLOPs of a token, for TFLOP/s and MFU.
         peak: FLOP/s of the device, for the MFU.
     """
-    seconds = now.seconds - last.seconds
-    speed = (now.tokens - last.tokens) / seconds
+    seconds, tokens = now.seconds - last.seconds, now.tokens - last.tokens
+    scored = now.scored - last.scored
+    flops_per_s = None if work is None else work.flops(tokens, scored) / seconds
     return {
         "step": now.step,
         "loss": stats.loss,
@@ -45,10 +46,10 @@ def train_row(
         "grad_norm": stats.grad_norm,
         "tokens": now.tokens,
         "units": now.units,
-        "tokens_per_s": round(speed, 1),
+        "tokens_per_s": round(tokens / seconds, 1),
         "step_s": round(seconds / (now.step - last.step), 6),
-        "tflops": None if flops_per_token is None else speed * flops_per_token / 1e12,
-        "mfu": mfu(speed, flops_per_token, peak),
+        "tflops": flops_per_s and flops_per_s / 1e12,
+        "mfu": mfu(flops_per_s, peak),
         "time_s": round(now.seconds, 3),
         **{name: value.tolist() for name, value in stats.metrics.items()},
     }

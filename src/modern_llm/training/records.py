@@ -58,8 +58,10 @@ class Progress:
     step: int = 0  # finished optimizer steps
     tokens: int = 0
     units: int = 0
+    scored: int = 0  # tokens at which the head computed
     seconds: float = 0.0  # in training steps, all processes of the run together
     steady_tokens: int = 0  # without each process's first step, which compiles and warms up
+    steady_scored: int = 0
     steady_seconds: float = 0.0
     loss: float = math.nan  # of the last step
     best_step: int = -1  # of the validation passes; -1: none yet
@@ -76,6 +78,7 @@ class StepStats:
     lr: float
     units: int
     tokens: int
+    scored: int
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
 
 

@@ -155,7 +155,8 @@ def startup_lines(facts: dict[str, Any]) -> list[str]:
         f"parameters  {amount(params['total'])} ({amount(params['trained'])} trained, "
         f"{amount(params['embedding'])} embedding{active})",
         f"FLOPs       a token, forward: {parts}; attention : feed-forward = "
-        f"{flops['attention_to_feed_forward']:.2f}; training: {amount(flops['training'])}",
+        f"{flops['attention_to_feed_forward']:.2f}; training: {amount(flops['training'])} "
+        "(the head at every token)",
         f"batch       {batch['micro_batch_rows']} rows x {batch['accumulation']} micro-batches = "
         f"{batch['rows']} rows; x {batch['seq_len']} = {batch['tokens_per_step']:,} tokens a step; "
         f"x {batch['steps']:,} steps = {amount(batch['tokens'])} tokens (padding counted), "

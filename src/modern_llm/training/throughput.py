@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from modern_llm.models.cost import Cost
 from modern_llm.runtime.devices import DTYPES
 
 ASSUMED_MFU = 0.4  # share of the device's peak that an estimate made beforehand counts on
@@ -135,14 +136,34 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     return None if peak is None else peak.flops
 
 
-def mfu(tokens_per_s: float, flops_per_token: float | None, peak: float | None) -> float | None:
+@dataclass(frozen=True)
+class Work:
+    """FLOPs of training on one token, forward and backward.
+
+    Attributes:
+        body: of each token, without the head.
+        head: of each token at which the head computes: answers alone, in some stages.
+    """
+
+    body: float
+    head: float
+
+    @classmethod
+    def of(cls, cost: Cost) -> "Work":
+        """The work that a model's cost comes to."""
+        head = cost.flops_per_token_training * cost.head_flops / cost.flops_per_token_forward
+        return cls(cost.flops_per_token_training - head, head)
+
+    def flops(self, tokens: int, scored: int) -> float:
+        """FLOPs of ``tokens`` tokens, of which the head sees ``scored``."""
+        return self.body * tokens + self.head * scored
+
+
+def mfu(flops_per_s: float | None, peak: float | None) -> float | None:
     """Share of the peak that is reached, or ``None`` when either figure is not known.
 
     Args:
-        tokens_per_s: trained tokens a second.
-        flops_per_token: FLOPs of forward and backward for one token.
+        flops_per_s: model FLOPs done a second.
         peak: FLOP/s of the device.
     """
-    if flops_per_token is None or peak is None:
-        return None
-    return tokens_per_s * flops_per_token / peak
+    return None if flops_per_s is None or peak is None else flops_per_s / peak

@@ -1,5 +1,6 @@
 """One training loop for every stage; a stage brings a model, batches and an objective."""
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
@@ -14,7 +15,6 @@ from modern_llm.config import TrainingConfig
 from modern_llm.data.loader import Loader
 from modern_llm.errors import (
     CheckpointError,
-    ConfigError,
     DataError,
     DivergedError,
     StoppedBySignal,
@@ -49,19 +49,10 @@ from modern_llm.training.retention import (
     standing_final,
     sweep,
 )
-from modern_llm.training.throughput import mfu, peak_flops
+from modern_llm.training.throughput import Work, mfu, peak_flops
 from modern_llm.training.update import Update
 
 log = get_logger(__name__)
-
-
-def _set_activation_checkpointing(model: nn.Module, wanted: bool) -> None:
-    """Apply the option to the model, or say that it cannot be."""
-    switch = getattr(model, "set_activation_checkpointing", None)
-    if switch is not None:
-        switch(wanted)
-    elif wanted:
-        raise ConfigError(f"training.activation_checkpointing: {type(model).__name__} has none")
 
 
 class Trainer:
@@ -79,7 +70,7 @@ class Trainer:
         checkpoint_meta: what every checkpoint says of itself: stage, model config, hashes.
         evaluate: one fixed pass over held-out data; its ``loss`` ranks checkpoints.
         sample: generated text to look at, as one row.
-        flops_per_token: forward and backward, for the MFU; ``None``: no MFU.
+        work: FLOPs of a token, for TFLOP/s and MFU; ``None``: neither is told.
         first_loss: what the loss of the very first step must be.
         startup: what the stage told before it began, for the record (`startup`).
         resume: go on from the newest good checkpoint; ``False`` refuses a folder that has one.
@@ -101,7 +92,7 @@ class Trainer:
         checkpoint_meta: Mapping[str, Any],
         evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None,
         sample: Callable[[nn.Module], Mapping[str, Any]] | None = None,
-        flops_per_token: float | None = None,
+        work: Work | None = None,
         first_loss: FirstLoss | None = None,
         startup: Mapping[str, Any] | None = None,
         resume: bool = True,
@@ -117,7 +108,7 @@ class Trainer:
         self.folder, self.checkpoints = folder, folder / "checkpoints"
         self.tokenizer_json, self.checkpoint_meta = tokenizer_json, dict(checkpoint_meta)
         self.evaluate, self.sample = evaluate, sample
-        self.flops_per_token, self.first_loss = flops_per_token, first_loss
+        self.work, self.first_loss = work, first_loss
         self.startup = startup
         self.resume, self.allow_data_change = resume, allow_data_change
         self.update = Update(self.model, objective, config, device=self.device)
@@ -128,7 +119,6 @@ class Trainer:
         self._validation: tuple[int, dict[str, float]] | None = None  # step, scores
         self._last_row = Progress()  # for the speed since the last train row
         self._steps_here = 0  # of this process
-        _set_activation_checkpointing(model, config.activation_checkpointing)
         if config.compile:
             self.model.compile()
 
@@ -144,6 +134,7 @@ class Trainer:
         self.progress.step += 1
         self.progress.tokens += stats.tokens
         self.progress.units += stats.units
+        self.progress.scored += stats.scored
         self.progress.loss = stats.loss
         return stats
 
@@ -245,7 +236,7 @@ class Trainer:
         rows = JsonLines(self.folder / "metrics.jsonl")
         self._restore()
         self._last_row = replace(self.progress)
-        if self.flops_per_token is not None:
+        if self.work is not None:
             self.peak = peak_flops(self.device, self.config.precision)
         with RunLog(rows, title=self.folder.name, config=self.config) as self.run_log:
             self._tell_start()
@@ -265,7 +256,7 @@ class Trainer:
         while self.progress.step < self.config.max_steps:
             begin = time.perf_counter()
             stats = self.train_step(self.loader.batches(self.progress.step))
-            self._count(time.perf_counter() - begin, stats.tokens)
+            self._count(time.perf_counter() - begin, stats)
             if self._due(self.config.log_every) or self.progress.step == 1:
                 self._tell_step(stats)
             self._after_step(stop)
@@ -304,11 +295,12 @@ class Trainer:
         step = self.progress.step
         return step == self.config.max_steps or (step > 0 and every > 0 and step % every == 0)
 
-    def _count(self, seconds: float, tokens: int) -> None:
+    def _count(self, seconds: float, stats: StepStats) -> None:
         self.progress.seconds += seconds
         if self._steps_here > 0:
             self.progress.steady_seconds += seconds
-            self.progress.steady_tokens += tokens
+            self.progress.steady_tokens += stats.tokens
+            self.progress.steady_scored += stats.scored
         self._steps_here += 1
 
     def _aside(
@@ -348,7 +340,8 @@ class Trainer:
         """Write ``final/`` (weights alone), unless it stands."""
         p, final = self.progress, self.folder / "final"
         digest = standing_final(final, step=p.step) or self._write(final, with_state=False)
-        speed = p.steady_tokens / p.steady_seconds if p.steady_seconds else 0.0
+        seconds = p.steady_seconds or math.inf  # of a single step: no speed is known
+        work = self.work.flops(p.steady_tokens, p.steady_scored) if self.work else None
         best = {"step": p.best_step, "loss": p.best_loss} if p.best_step >= 0 else None
         passes = p.step / self.loader.steps_per_epoch
         return FitResult(
@@ -357,8 +350,8 @@ class Trainer:
             passes=passes,
             seconds=p.seconds,
             epoch_s=p.seconds / passes,
-            tokens_per_s=speed,
-            mfu=mfu(speed, self.flops_per_token, self.peak),
+            tokens_per_s=p.steady_tokens / seconds,
+            mfu=mfu(None if work is None else work / seconds, self.peak),
             peak_memory_gb=peak_memory_gb(self.device),
             final_loss=p.loss,
             best=best,
@@ -385,8 +378,8 @@ class Trainer:
     def _tell_step(self, stats: StepStats) -> None:
         p, last = self.progress, self._last_row
         row = train_row(
-            stats, p, last, likelihood=self.objective.likelihood,
-            flops_per_token=self.flops_per_token, peak=self.peak,
+            stats, p, last,
+            likelihood=self.objective.likelihood, work=self.work, peak=self.peak,
         )  # fmt: skip
         eta_s = (self.config.max_steps - p.step) * (p.seconds - last.seconds) / (p.step - last.step)
         self._last_row = replace(p)

@@ -43,6 +43,7 @@ from modern_llm.training.objectives import Objective
 from modern_llm.training.records import FirstLoss, FitResult
 from modern_llm.training.run_file import write_run_file
 from modern_llm.training.startup import startup_facts, tell_startup
+from modern_llm.training.throughput import Work
 from modern_llm.training.trainer import Trainer
 from modern_llm.training.validation import mean_loss
 
@@ -279,7 +280,7 @@ class TrainedStage(Stage):
             model, self.objective(), loader, training,
             folder=self.folder, tokenizer_json=self.tokenizer.to_json(),
             checkpoint_meta=self.checkpoint_meta(), evaluate=self.evaluate, sample=self.sample,
-            flops_per_token=cost.flops_per_token_training, first_loss=self.first_loss(),
+            work=Work.of(cost), first_loss=self.first_loss(),
             startup=startup, allow_data_change=self.allow_data_change,
         )  # fmt: skip
         fit = trainer.fit()

@@ -68,6 +68,10 @@ class VerifierObjective:
         """Number of answer tokens, EOS included."""
         return int(batch.answer_BT.sum())
 
+    def scored(self, batch: AnswerBatch) -> int:
+        """The same: the head computes at answers only."""
+        return self.units(batch)
+
     def __call__(self, model: nn.Module, batch: AnswerBatch) -> Terms:
         """Sums over answer tokens of the correctness loss and the weighted LM loss."""
         value_M, logprob_M = model(batch.tokens_BT, batch.answer_BT)
