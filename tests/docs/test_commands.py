@@ -29,6 +29,7 @@ PLUGINS = re.compile(r"<!-- file: (\w+\.py) -->\n```python\n(.*?)```", re.DOTALL
 CHEAP = ("presets", "schema", "report", "verify", "generate", "chat", "--help")
 PARSED_ONLY = {
     "compare": "evaluates; tests/alignment runs it",
+    "experiment-sinks": "trains; tests/experiments runs it",
     "export": "imports transformers; tests/interop runs it",
     "prepare-data": "tokenizes a whole data set; tests/data runs it",
 }

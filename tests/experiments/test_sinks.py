@@ -22,8 +22,8 @@ from modern_llm.experiments.sinks.scores import bin_edges, bin_means, by_context
 from modern_llm.experiments.sinks.stream import (
     attention_shares,
     cache_bytes,
+    compose,
     position_nats,
-    write_text,
 )
 from modern_llm.experiments.sinks.study import Study, run_study
 from modern_llm.experiments.sinks.training import cell_of
@@ -230,7 +230,7 @@ def test_written_text_is_what_the_losses_call_likely() -> None:
     """Greedy tokens are the likeliest by an own reading of the same text through the same cache."""
     model = make()
     for arm in arms_of(model.config, window=WINDOW, n_sinks=SINKS):
-        written, seconds = write_text(
+        written, seconds = compose(
             model, [3, 4, 5], LENGTH - 3, arm.new_cache(model, 1, LENGTH),
             sampling=Sampling(), seed=0,
         )  # fmt: skip
@@ -410,11 +410,7 @@ def test_what_was_measured_is_not_measured_again(
         return real(model, arm, *args, **more)
 
     monkeypatch.setitem(run_study.__globals__, "measure", noted)
-    paths = study.config.paths.model_copy(
-        update={"output": tmp_path / "runs", "report": tmp_path / "report"}
-    )
-    again = replace(study, config=study.config.model_copy(update={"paths": paths}))
-    assert run_study(again) is not None
+    assert run_study(elsewhere(study, tmp_path)) is not None
     assert measured == ["full/sinks"]
 
 

@@ -13,8 +13,8 @@ from modern_llm.experiments.sinks.scores import bin_edges, bin_means
 from modern_llm.experiments.sinks.stream import (
     attention_shares,
     cache_bytes,
+    compose,
     position_nats,
-    write_text,
 )
 from modern_llm.models import ModernDecoderLM
 from modern_llm.models.generate import Sampling
@@ -60,7 +60,7 @@ def measure(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # products of one token are bound by memory
     try:
-        written, seconds = write_text(
+        written, seconds = compose(
             model, prompt, n_tokens - len(prompt), arm.new_cache(model, 1, n_tokens),
             sampling=Sampling(TEMPERATURE, n_vocab=tokenizer.n_vocab), seed=0,
         )  # fmt: skip

@@ -58,7 +58,7 @@ def cache_bytes(model: ModernDecoderLM, n_held: int) -> int:
     return 2 * config.n_layers * config.n_kv_heads * config.head_size * n_held * itemsize
 
 
-def write_text(
+def compose(
     model: ModernDecoderLM,
     prompt: Sequence[int],
     n_tokens: int,
