@@ -82,6 +82,7 @@ def test_the_report_says_what_the_numbers_say(tmp_path: Path, missed: bool) -> N
         "2.000 [1.990, 2.010]", "2.000 [1.990, 2.010]", "2.000 [1.990, 2.010]", "nowhere", "4",
         "1.00", "2.50",
     ]  # fmt: skip
+    assert "To be| `or` not" in text, "prompt and text, as they are"
     assert "[...]" in text and "5 held-out texts of 2 contexts of 16 tokens (made up)" in text
     image = Image.open(tmp_path / "report" / "mine_assets" / "losses.png")
     assert image.width >= 800 and len(image.convert("RGB").getcolors(1 << 20) or []) > 8

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shlex
 from pathlib import Path
 
 from modern_llm.cli.arguments import add_place, add_policy, config_of
@@ -49,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     study = Study(
         config, args.contexts, args.n_sinks, n_texts,
         tuple(range(config.seed, config.seed + count)), tuple(folders), tuple(args.plugin),
-        args.on_exists,
+        shlex.join(["modern-llm", *args.command]), args.on_exists,
     )  # fmt: skip
     with stop_at_once():
         written = run_study(study)

@@ -82,6 +82,7 @@ def report_text(read: Fields, assets: str) -> str:
         *_samples(read),
         "## Models",
         _models(read),
+        _provenance(read),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -114,8 +115,7 @@ def _points(arm: Fields, key: str) -> tuple[tuple[float, float, float, float], .
 
 
 def _two_lines(label: str) -> str:
-    trained, _, kept = label.partition("; ")
-    return f"{trained}\n{kept}"
+    return label.removeprefix("trained with ").replace("; ", "\n")
 
 
 def _label_of(read: Fields, name: str) -> str:
@@ -253,12 +253,12 @@ def _samples(read: Fields) -> list[str]:
     parts = []
     for arm in read.items("arms"):
         sample = arm.fields("sample")
-        text = sample.text("text")
-        start, end = text[:SHOWN], text[-SHOWN:]
+        prompt, text = sample.text("prompt"), sample.text("text")
+        start, end = (prompt + text)[:SHOWN], text[-SHOWN:]
         parts += [
             f"{code(arm.text('name'))}: {whole(sample.number('tokens'))} tokens at temperature "
-            f"{sample.number('temperature') or 0:g} after {code(sample.text('prompt'))}; the start "
-            "and the end.",
+            f"{sample.number('temperature') or 0:g} after {whole(sample.number('prompt_tokens'))} "
+            "of the first text; the start and the end.",
             fence(start if len(text) <= 2 * SHOWN else f"{start}\n[...]\n{end}"),
         ]
     return parts
@@ -275,3 +275,16 @@ def _models(read: Fields) -> str:
     ]  # fmt: skip
     heads = ("trained as", "seed", "shape", "parameters", "steps", "checkpoint")
     return table(heads, rows, right="lrlrrl")
+
+
+def _provenance(read: Fields) -> str:
+    """What it was computed with."""
+    of = read.fields("provenance")
+    hardware = of.fields("hardware")
+    changed = " and uncommitted changes" if of.flag("dirty") else ""
+    return (
+        f"Computed by {code(read.text('command'))} at commit "
+        f"{digest(of.text('git_commit')) if of.text('git_commit') else MISSING}{changed}, with "
+        f"torch {escape(of.fields('versions').text('torch'))} on {escape(hardware.text('cpu'))}, "
+        f"{whole(hardware.number('threads'))} threads."
+    )

@@ -63,6 +63,7 @@ class Study:
         seeds: of the trained models.
         checkpoints: models to be read in place of trained ones; those of one kind are its seeds.
         plugins: files that register components.
+        command: as it was given, for the report.
         on_exists: policy for the result.
     """
 
@@ -73,6 +74,7 @@ class Study:
     seeds: tuple[int, ...] = (0,)
     checkpoints: tuple[Path, ...] = ()
     plugins: tuple[Path, ...] = ()
+    command: str = ""
     on_exists: Policy = "timestamp"
 
     @property
@@ -287,6 +289,7 @@ def _result(
     return {
         "format": FORMAT,
         "name": study.config.name,
+        "command": study.command,
         "key": sha256_json([row["key"] for row in measured.values()]),
         "context": context,
         "contexts": study.contexts,

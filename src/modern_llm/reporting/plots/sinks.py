@@ -42,30 +42,35 @@ def losses_by_position(
         return None
 
     def draw(figure: Any) -> None:
-        above, below = figure.subplots(2, 1, sharex=True, height_ratios=(1, 1))
+        above, below = figure.subplots(2, 1, sharex=True)
         for axes, part in ((above, "losses"), (below, "excess")):
             for curve, colour, dash in drawn:
-                rows = getattr(curve, part)
-                x, y, low, high = zip(*rows, strict=True)
-                axes.fill_between(x, low, high, color=colour, alpha=0.18, lw=0)
+                x, y, low, high = zip(*getattr(curve, part), strict=True)
+                axes.fill_between(x, low, high, color=colour, alpha=0.16, lw=0)
                 axes.plot(x, y, dash, color=colour, lw=1.7)
-            axes.axvline(1, color="#222222", lw=1.1, ls=":", zorder=1)
-        end = max(curve.losses[-1][0] for curve, *_ in drawn)
+            for at in {1.0, min(evicted_from, 1.0)}:
+                axes.axvline(at, color="#222222", lw=1.1 if at == 1 else 0.8, ls=":", zorder=1)
         below.set_ylim(*_close_up([curve for curve, *_ in drawn]))
         for axes, part in ((above, "losses"), (below, "excess")):
-            _label(axes, [(c.label, getattr(c, part)[-1][1], colour) for c, colour, _ in drawn])
+            _label(axes, [(c.label, _end(getattr(c, part)), colour) for c, colour, _ in drawn])
         top = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", **NOTE}
-        above.annotate("context of training", (1, 1), xytext=(4, -9), **top)
+        above.annotate("context of training ends", (1, 1), xytext=(4, -9), **top)
         if evicted_from < 1:
-            above.axvline(evicted_from, color="#999999", lw=0.9, ls=":", zorder=1)
-            above.annotate("cache\nfull", (evicted_from, 1), xytext=(-4, -18), ha="right", **top)
-        above.set(title="loss by position (95 % bands)", ylabel="nats per token", xlim=(0, end))
+            below.annotate("windows are full", (evicted_from, 0), xytext=(3, 5), rotation=90, **top)
+        last = max(curve.losses[-1][0] for curve, *_ in drawn)
+        above.set(title="loss by position, 95 % bands", ylabel="nats per token", xlim=(0, last))
         below.set(
-            title=f"more than: {reference.replace(chr(10), ', ')}",
-            xlabel="position in contexts of training", ylabel="nats per token",
+            title=f"difference to {reference.replace(chr(10), ', ')}, same tokens",
+            xlabel="position, in contexts of training", ylabel="nats per token",
         )  # fmt: skip
 
     return render(draw, 8.2, 6.4)
+
+
+def _end(points: Sequence[tuple[float, float, float, float]]) -> float:
+    """Mean value over the last context, where a label points to."""
+    values = [value for at, value, *_ in points if at > points[-1][0] - 1]
+    return sum(values) / len(values)
 
 
 def _close_up(curves: Sequence[Curve]) -> tuple[float, float]:
