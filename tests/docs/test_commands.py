@@ -33,6 +33,7 @@ PARSED_ONLY = {
     "compare": "evaluates; tests/alignment runs it",
     "compare-architectures": "needs results of experiments; tests/experiments runs it",
     "experiment": "trains; tests/experiments runs it",
+    "experiment-sinks": "trains; tests/experiments runs it",
     "export": "imports transformers; tests/interop runs it",
     "prepare-data": "tokenizes a whole data set; tests/data runs it",
 }

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modern_llm import __version__
-from modern_llm.cli import experiments, listing, models, pipeline
+from modern_llm.cli import experiments, listing, models, pipeline, sinks
 from modern_llm.cli.arguments import add_config
 from modern_llm.errors import ModernLLMError
 from modern_llm.registry import load_plugin
@@ -71,6 +71,9 @@ COMMANDS = {
     ),
     "export": Command(
         "write a checkpoint for transformers", models.export_arguments, models.export
+    ),
+    "experiment-sinks": Command(
+        "losses beyond the context with windows and attention sinks", sinks.arguments, sinks.run
     ),
     "prepare-data": Command("tokenize the data of a config ahead", add_config, pipeline.prepare),
     "experiment": Command(
@@ -139,7 +142,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and argv[0] in COMMANDS:
         return script(argv[0], argv[1:], prog=f"modern-llm {argv[0]}")
-    listing = "\n".join(f"  {name:<14} {entry.summary}" for name, entry in COMMANDS.items())
+    width = max(map(len, COMMANDS))
+    listing = "\n".join(f"  {name:<{width}} {entry.summary}" for name, entry in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="modern-llm", formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Train a small language model: pretrain, SFT, DPO, verifier, eval, report.",

@@ -108,3 +108,26 @@ def share_interval(values: ArrayLike, weights: ArrayLike | None = None) -> Inter
         if len(parts) and np.all(parts == share * wholes):
             return wilson(share * len(parts), len(parts))
     return bootstrap(np.stack([parts, wholes], axis=1), lambda sums: sums[:, 0] / sums[:, 1])
+
+
+def crossed_means(values_SNC: ArrayLike, *, seed: int = 0, resamples: int = RESAMPLES) -> Floats:
+    """Bootstrap of means over two crossed factors, such as training seeds and texts.
+
+    Each resample draws rows of both factors, with replacement, and takes the mean over all pairs;
+    a factor of a single row is held as it is.
+
+    Args:
+        values_SNC: ``(S, N, C)``: C values of each pair.
+        seed: seed of the resampling.
+        resamples: how many.
+
+    Returns:
+        Resampled means ``(resamples, C)``, for `percentiles`.
+    """
+    values = np.asarray(values_SNC, dtype=np.float64)
+    counts_RS = resample_counts(values.shape[0], seed=seed + 1, resamples=resamples)
+    counts_RN = resample_counts(values.shape[1], seed=seed, resamples=resamples)
+    totals = np.zeros((resamples, values.shape[2]))
+    for count_R, values_NC in zip(counts_RS.T, values, strict=True):
+        totals += count_R[:, None] * (counts_RN @ values_NC)
+    return np.asarray(totals / (values.shape[0] * values.shape[1]))

@@ -1,5 +1,6 @@
 """The report of a run, built from its files alone, and protected like every result."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ from modern_llm.runtime.artifacts import (
     published_folder,
     to_json,
     write_bytes,
-    write_json,
     write_text,
 )
 from modern_llm.runtime.names import sibling_names, standing_siblings
@@ -68,19 +68,40 @@ def write_report(run: Path, report_dir: Path, *, on_exists: Policy = "timestamp"
         ProtectedPathError: ``report_dir`` cannot be written.
     """
     wanted = report_path(run, report_dir)
-    if on_exists == "skip" and (wanted.exists() or assets_folder(wanted).exists()):
+    if on_exists == "skip" and stands(wanted):
         return None
     read = read_run(run)
     pictures = figures(read)
-    scores = _scores(read)
+    files = {"scores.json": to_json(_scores(read)).encode(), **pictures}
+    return publish(
+        wanted, files, lambda assets: report_text(read, assets, pictures), on_exists=on_exists
+    )
+
+
+def stands(report: Path) -> bool:
+    """Whether a report of this name, or its folder of figures, is there."""
+    return report.exists() or assets_folder(report).exists()
+
+
+def publish(
+    wanted: Path, files: Mapping[str, bytes], text: Callable[[str], str], *, on_exists: Policy
+) -> Path | None:
+    """Write a report and its folder of figures, whole or not at all; see `write_report`.
+
+    Args:
+        wanted: name of the report, ``<name>_report.md``.
+        files: content of the folder beside it, by file name; never empty: a rename onto an empty
+            folder would not fail, and claim nothing.
+        text: the markdown, given the folder's name.
+        on_exists: as in `write_report`.
+    """
     if on_exists == "replace":
-        text = report_text(read, assets_folder(wanted).name, pictures)
-        _publish_assets(assets_folder(wanted), pictures, scores, replace=True)
-        return write_text(wanted, text, on_exists="replace")
+        content = text(assets_folder(wanted).name)
+        _publish_assets(assets_folder(wanted), files, replace=True)
+        return write_text(wanted, content, on_exists="replace")
     for path in sibling_names(wanted, suffix=wanted.suffix):
-        if not path.exists() and _publish_assets(assets_folder(path), pictures, scores):
-            text = report_text(read, assets_folder(path).name, pictures)
-            return write_text(path, text, on_exists="timestamp")
+        if not path.exists() and _publish_assets(assets_folder(path), files):
+            return write_text(path, text(assets_folder(path).name), on_exists="timestamp")
         if on_exists == "skip":
             break
     return None
@@ -90,18 +111,14 @@ def _scores(run: Run) -> dict[str, Any]:
     return {name: [asdict(s) for s in stage_scores(run, name)] for name in scored_stages(run)}
 
 
-def _publish_assets(
-    folder: Path, pictures: dict[str, bytes], scores: dict[str, Any], *, replace: bool = False
-) -> bool:
-    """Write figures and scores; ``False`` when another report has the name."""
+def _publish_assets(folder: Path, files: Mapping[str, bytes], *, replace: bool = False) -> bool:
+    """Write a folder of figures; ``False`` when another report has the name."""
     if folder.exists() and not replace:
         return False
     try:
         with published_folder(folder, replace=replace) as staging:
-            # Never empty: a rename onto an empty folder would not fail, and claim nothing.
-            write_json(staging / "scores.json", scores)
-            for name, png in pictures.items():
-                write_bytes(staging / name, png)
+            for name, content in files.items():
+                write_bytes(staging / name, content)
     except ProtectedPathError:
         if folder.exists() and not replace:  # another process was faster
             return False
