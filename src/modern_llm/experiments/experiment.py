@@ -117,7 +117,7 @@ class ArchitectureExperiment:
             tokens_per_s=training["tokens_per_s"],
             mfu=training["mfu"],
             peak_memory_mb=training["peak_memory_gb"] * 1000,
-            model_size_mb=result["model"]["size_bytes"] / 1e6,
+            model_size_mb=result["model"]["bytes"] / 1e6,
             prefill_tokens_per_s=inference["prefill_tokens_per_s"],
             inference_tokens_per_s=inference["decode_tokens_per_s"],
             first_token_s=inference["first_token_s"],
