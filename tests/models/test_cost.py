@@ -166,7 +166,7 @@ def test_each_part_has_its_share(variant: dict) -> None:
 
 @pytest.mark.parametrize("kernel", ["manual", "sdpa", "auto"])
 @pytest.mark.parametrize("preset", list_presets())
-def test_every_preset_at_its_own_shape(preset: str, kernel: str) -> None:
+def test_every_preset(preset: str, kernel: str) -> None:
     """On the meta device, where nothing is computed but all products are counted."""
     config = get_pipeline_preset(preset).model
     config = config.model_copy(update={"attention_backend": kernel})
