@@ -126,6 +126,8 @@ def assert_same(run: Path, whole: Path) -> None:
         ]
         assert_equal(states[0]["update"], states[1]["update"])
         assert_equal(states[0]["rng"], states[1]["rng"])
+        record = json.loads((mine / "run.json").read_text())  # whole, and nothing twice
+        assert [row["step"] for row in record["iterations"]] == [*range(1, STEPS + 1)]
         results = [json.loads((folder / "result.json").read_text()) for folder in (mine, theirs)]
         for key in ("scores", "audit", "data", "model", "not_evaluated"):
             assert results[0][key] == results[1][key], f"{stage}: {key}"
