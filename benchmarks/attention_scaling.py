@@ -62,7 +62,7 @@ class Point:
 # In the process of a point: torch is imported here only, so that the process above stays small.
 
 
-def build(point: Point, device: str) -> Any:
+def build(point: Point) -> Any:
     """The decoder of one layer."""
     import torch
 
@@ -81,16 +81,15 @@ def build(point: Point, device: str) -> Any:
         window=point.window if point.kind == "window" else None,
     )
     torch.manual_seed(0)
-    with torch.device(device):
-        return ModernDecoderLM(config)
+    return ModernDecoderLM(config)
 
 
 def measure(point: Point) -> dict[str, float]:
-    """Seconds, peak bytes, FLOPs and, of a decoding pass, bytes of the cache."""
+    """Seconds, and peak bytes, or bytes of the cache after a decoding pass."""
     import torch
 
     torch.set_num_threads(point.threads)
-    model = build(point, point.device)
+    model = build(point).to(point.device)
     tokens = torch.randint(0, 256, (1, point.length), device=point.device)
     bfloat16 = point.precision == "bf16"
     with torch.autocast(point.device, torch.bfloat16, enabled=bfloat16):
@@ -100,8 +99,7 @@ def measure(point: Point) -> dict[str, float]:
         once(model, tokens[:, :64], training=point.name == "training")()  # what is set up but once
         peak_bytes = peak_of(run, point.device)
         seconds = [timed(run, point) for _ in range(point.repeats)]
-    found = {"seconds": statistics.median(seconds), "peak_bytes": peak_bytes}
-    return {**found, "flops": flops_of(point)}
+    return {"seconds": statistics.median(seconds), "peak_bytes": peak_bytes}
 
 
 def once(model: Any, tokens: Any, *, training: bool) -> Callable[[], None]:
@@ -181,14 +179,11 @@ def flops_of(point: Point) -> int:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    with torch.device("meta"), sdpa_kernel(SDPBackend.MATH):  # the counter sees plain products only
-        run = once(
-            build(point, "meta"),
-            torch.zeros(1, point.length, dtype=torch.long),
-            training=point.name == "training",
-        )
-        with FlopCounterMode(display=False) as counter:
-            run()
+    model = build(point).to("meta")
+    tokens = torch.zeros(1, point.length, dtype=torch.long, device="meta")
+    run = once(model, tokens, training=point.name == "training")
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        run()  # with plain products: the counter sees no others
     return counter.get_total_flops()
 
 
@@ -209,7 +204,7 @@ def points(args: argparse.Namespace) -> list[Point]:
 def take_turns(todo: list[Point], rounds: int) -> list[dict[str, Any]]:
     """Measure every point once a round, in another order each; medians over the rounds."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["modern_llm.models", "torch.utils.flop_counter"])
+    context.set_forkserver_preload(["modern_llm.models"])
     seen: dict[Point, list[dict[str, float]]] = {point: [] for point in todo}
     rng = random.Random(0)
     for number in range(rounds):
@@ -218,9 +213,13 @@ def take_turns(todo: list[Point], rounds: int) -> list[dict[str, Any]]:
                 seen[point].append(pool.submit(measure, point).result())
         print(f"round {number + 1} of {rounds}", file=sys.stderr, flush=True)
     rows = []
-    for point, found in seen.items():
-        medians = {name: statistics.median(f[name] for f in found) for name in found[0]}
-        rows.append({"kind": point.kind, "pass": point.name, "length": point.length, **medians})
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        for point, found in seen.items():
+            row = {"kind": point.kind, "pass": point.name, "length": point.length}
+            row |= {name: statistics.median(f[name] for f in found) for name in found[0]}
+            if point.name in ("forward", "training"):
+                row["flops"] = pool.submit(flops_of, point).result()
+            rows.append(row)
     return rows
 
 

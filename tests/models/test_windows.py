@@ -253,6 +253,12 @@ def test_work_grows_linearly(kernel: str, parts: dict[str, Any], window: int) ->
     assert full[1][0] > 2.5 * full[0][0]
 
 
+def test_work_of_linear_attention_grows_linearly() -> None:
+    short, middle, long = (spent("auto", n, attention="linear") for n in (1024, 2048, 4096))
+    for s, m, x in zip(short, middle, long, strict=True):
+        assert x - m == 2 * (m - s)
+
+
 @pytest.mark.parametrize("n_sinks", [0, 4])
 @pytest.mark.parametrize(("window", "n_tokens"), [(64, 1000), (256, 2048), (700, 2000), (64, 64)])
 @pytest.mark.parametrize("kernel", TRAINING)

@@ -17,9 +17,10 @@ class Cost:
     FLOPs are those of the matrix multiplications (a multiply-add is two), per token of a sequence
     of the length asked for, forward only. Attention is counted as
     ``torch.utils.flop_counter`` counts it: every query against all ``S = T`` keys, although a
-    causal mask uses half of them. A training step costs three times as much: the gradient of a
-    product is two products. (The fused attention kernel recomputes one more in its backward,
-    which is not counted, as usual for MFU: arXiv:2204.02311, app. B.)
+    causal mask uses half of them; in a layer with a window, against the keys of its piece
+    (`Window`), fewer than ``window + n_sinks`` and a block. A training step costs three times as
+    much: the gradient of a product is two products. (The fused attention kernel recomputes one
+    more in its backward, which is not counted, as usual for MFU: arXiv:2204.02311, app. B.)
 
     Attributes:
         params: all trained numbers, tied ones once.
