@@ -239,7 +239,9 @@ def _differences(read: Fields) -> str:
     for row in read.items("differences"):
         interval = row.interval("ci95")
         verdict = "no interval"
-        if interval is not None:
+        if not row.flag("same_model") and (read.number("n_seeds") or 1) < 2:
+            verdict = "two models of one seed: no verdict"
+        elif interval is not None:
             low, high = interval
             verdict = "worse" if low > 0 else "better" if high < 0 else "not distinguishable"
         rows.append([code(row.text("arm")), code(row.text("minus")), _written(row), verdict])
