@@ -46,12 +46,13 @@ def result_of(missed: bool) -> dict[str, Any]:
     ]  # fmt: skip
     other = {"arm": "window/recent", "minus": "full/sinks", "same_model": False, "value": 1.0,
              "ci95": [0.9, 1.1]}  # fmt: skip
-    difference = {"arm": "full/recent", "same_model": True, "minus": "full/sinks", "value": lost / 2,
-                  "ci95": [lost / 2 - 0.01, lost / 2 + 0.01]}  # fmt: skip
+    difference = {"arm": "full/recent", "same_model": True, "minus": "full/sinks",
+                  "value": lost / 2, "ci95": [lost / 2 - 0.01, lost / 2 + 0.01]}  # fmt: skip
     return {
         "format": 1, "name": "mine", "context": 16, "contexts": 2, "window": 8, "n_sinks": 2,
         "texts": {"source": "made up", "n": 5, "tokens": 32}, "reference": "full/sinks",
-        "interval": "bootstrap over 5 texts", "arms": arms, "differences": [difference, other], "n_seeds": 1,
+        "interval": "bootstrap over 5 texts", "arms": arms, "differences": [difference, other],
+        "n_seeds": 1,
         "models": [{"kind": "full", "seed": 0, "summary": "1L", "params": 1234, "step": 5,
                     "sha256": "ab" * 32}],
     }  # fmt: skip

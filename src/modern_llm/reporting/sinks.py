@@ -162,7 +162,7 @@ def _notes(read: Fields) -> str:
         "its whole interval, more than 0.1 nats above that of the same texts at the end of the "
         f"first {window} tokens, before any cache has dropped a key. All bounded caches hold "
         f"{window} keys, sinks among them. Keys and values are those of one text at its end; "
-        "times are medians of one text at a time on one thread. "
+        "times are medians of one text at a time, on a CPU of one thread at work. "
         f"{MEMORY}"
     )
 
