@@ -2,7 +2,12 @@
 
 import json
 import math
+import os
 import shutil
+import signal
+import sys
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +18,9 @@ import pytest
 import torch
 
 from modern_llm.cli import main
-from modern_llm.config import ModelConfig, load_config
+from modern_llm.config import ModelConfig, SourceConfig, load_config
 from modern_llm.data.tokenizer import Tokenizer, build_tokenizer
-from modern_llm.errors import CheckpointError, ConfigError, DataError
+from modern_llm.errors import CheckpointError, ConfigError, DataError, StoppedBySignal
 from modern_llm.experiments.sinks import training
 from modern_llm.experiments.sinks.arms import Arm, arms_of, check_model, kind_of, stretched
 from modern_llm.experiments.sinks.scores import bin_edges, bin_means, by_context, summary
@@ -29,6 +34,7 @@ from modern_llm.experiments.sinks.study import Study, run_study
 from modern_llm.experiments.sinks.training import cell_of
 from modern_llm.models import ModernDecoderLM
 from modern_llm.models.generate import Sampling
+from modern_llm.runtime.signals import stop_at_once
 from modern_llm.training.checkpoint import read_checkpoint, write_checkpoint
 
 CONTEXT, WINDOW, SINKS, LENGTH = 8, 5, 2, 40
@@ -507,3 +513,62 @@ def test_the_command_tells_one_message_and_its_code(
 
 def test_no_overwrite_leaves_a_result_alone(study: Study, capsys: Any) -> None:
     assert run_study(replace(study, on_exists="skip")) is None
+
+
+STUBBORN = """#!{python}
+import pathlib, signal, sys, time
+def save(*_):
+    time.sleep(0.3)
+    pathlib.Path(r"{folder}/saved").touch()
+    sys.exit(75)
+signal.signal(signal.SIGTERM, save)
+pathlib.Path(r"{folder}/started").touch()
+time.sleep(60)
+"""
+
+
+def test_a_stop_waits_until_the_run_has_saved(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "program"
+    program.write_text(STUBBORN.format(python=sys.executable, folder=tmp_path))
+    program.chmod(0o700)
+    monkeypatch.setattr(training.sys, "executable", str(program))
+
+    def stop() -> None:
+        while not (tmp_path / "started").exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    with pytest.raises(StoppedBySignal), stop_at_once():
+        training.train(cell_of(study.config, "full", 3), tmp_path / "runs")
+    thread.join()
+    assert (tmp_path / "saved").exists()
+
+
+def test_an_error_of_a_run_is_told_with_its_code(study: Study, tmp_path: Path) -> None:
+    broken = study.config.pretrain.model_copy(
+        update={"data": [SourceConfig(name="text", options={"path": str(tmp_path / "none.txt")})]}
+    )
+    cell = study.config.model_copy(update={"pretrain": broken, "name": "broken"})
+    with pytest.raises(DataError, match="training of broken ended with exit code 3"):
+        training.train(cell, tmp_path)
+
+
+def test_the_script_reads_checkpoints(study: Study, cli: Any, tmp_path: Path) -> None:
+    """The command as a user gives it, overrides behind the checkpoints."""
+    source = json.dumps([study.config.model_dump(mode="json")["pretrain"]["data"][0]])
+    done = cli(
+        "scripts/experiment_attention_sinks.py", "--output-dir", tmp_path, "--contexts", 2,
+        "--n-sinks", 1, "--checkpoints", *finals(study), "model.window=8",
+        f"pretrain.data={source}",
+        f"data.cache_dir={study.config.data.cache_dir}", "eval.device=cpu", "eval.threads=1",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert f"report: {tmp_path / 'report' / 'sinks-demo_report.md'}" in done.stdout
+    result = json.loads((tmp_path / "sinks-demo" / "result.json").read_text())
+    assert len(result["arms"]) == 5 and result["n_sinks"] == 1
+    assert result["command"].startswith("modern-llm experiment-sinks")
+    assert result["arms"][2]["label"].endswith("first 1 + last 7")

@@ -44,12 +44,15 @@ def result_of(missed: bool) -> dict[str, Any]:
         }
         for name, y in losses.items()
     ]  # fmt: skip
-    difference = {"arm": "full/recent", "minus": "full/sinks", "value": lost / 2,
-                  "ci95": [lost / 2 - 0.01, lost / 2 + 0.01]}  # fmt: skip
+    other = {"arm": "window/recent", "minus": "full/sinks", "same_model": False, "value": 1.0,
+             "ci95": [0.9, 1.1]}  # fmt: skip
+    difference = {"arm": "full/recent", "same_model": True, "minus": "full/sinks",
+                  "value": lost / 2, "ci95": [lost / 2 - 0.01, lost / 2 + 0.01]}  # fmt: skip
     return {
         "format": 1, "name": "mine", "context": 16, "contexts": 2, "window": 8, "n_sinks": 2,
         "texts": {"source": "made up", "n": 5, "tokens": 32}, "reference": "full/sinks",
-        "interval": "bootstrap over 5 texts", "arms": arms, "differences": [difference],
+        "interval": "bootstrap over 5 texts", "arms": arms, "differences": [difference, other],
+        "n_seeds": 1,
         "models": [{"kind": "full", "seed": 0, "summary": "1L", "params": 1234, "step": 5,
                     "sha256": "ab" * 32}],
     }  # fmt: skip
@@ -70,6 +73,8 @@ def test_the_report_says_what_the_numbers_say(tmp_path: Path, missed: bool) -> N
     assert ("has formed no sink that it misses" in text) == (not missed)
     assert ("| worse" in text) == missed
     assert ("| not distinguishable" in text) == (not missed)
+    row = next(line for line in text.splitlines() if line.startswith("| `window/recent`"))
+    assert "two models of one seed: no verdict" in row, "texts say nothing of other seeds"
     assert "60.0 % of the attention" in text if missed else "2.0 % of the attention" in text
     assert "What has left the window is forgotten" in text
     assert (

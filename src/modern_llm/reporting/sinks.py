@@ -162,7 +162,7 @@ def _notes(read: Fields) -> str:
         "its whole interval, more than 0.1 nats above that of the same texts at the end of the "
         f"first {window} tokens, before any cache has dropped a key. All bounded caches hold "
         f"{window} keys, sinks among them. Keys and values are those of one text at its end; "
-        "times are medians of one text at a time on one thread. "
+        "times are medians of one text at a time, on a CPU of one thread at work. "
         f"{MEMORY}"
     )
 
@@ -239,7 +239,9 @@ def _differences(read: Fields) -> str:
     for row in read.items("differences"):
         interval = row.interval("ci95")
         verdict = "no interval"
-        if interval is not None:
+        if not row.flag("same_model") and (read.number("n_seeds") or 1) < 2:
+            verdict = "two models of one seed: no verdict"
+        elif interval is not None:
             low, high = interval
             verdict = "worse" if low > 0 else "better" if high < 0 else "not distinguishable"
         rows.append([code(row.text("arm")), code(row.text("minus")), _written(row), verdict])

@@ -104,7 +104,12 @@ def differences(
 ) -> list[dict[str, Any]]:
     """`difference` in the last context of those pairs of arms that are there."""
     return [
-        {"arm": one, "minus": other, **difference(last[one], last[other])}
+        {
+            "arm": one,
+            "minus": other,
+            "same_model": one.split("/")[0] == other.split("/")[0],
+            **difference(last[one], last[other]),
+        }
         for one, other in pairs
         if one in last and other in last and last[one].shape == last[other].shape
     ]

@@ -61,10 +61,22 @@ def train(
         *(word for plugin in plugins for word in ("--plugin", str(plugin))),
         *(["--force"] if force else []),
     ]
-    code = subprocess.run(command, stdout=subprocess.DEVNULL).returncode
+    code = _run(command)
     if code:
         raise ERRORS.get(code, errors.ModernLLMError)(
             f"training of {config.name} ended with exit code {code}; its message is above, "
             f"its config is {file}"
         )
     return stage / "final"
+
+
+def _run(command: Sequence[str]) -> int:
+    """Exit code of a command; when this process is stopped, so is the other, which saves first."""
+    # In a session of its own, so that Ctrl-C reaches it once: a second would end it at once.
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True) as process:
+        try:
+            return process.wait()
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
