@@ -203,7 +203,9 @@ def test_metrics_are_sums_over_pairs(
         "chosen_reward": reward[:, 0].sum(), "rejected_reward": reward[:, 1].sum(),
     }  # fmt: skip
     assert {k: float(v) for k, v in terms.metrics.items()} == pytest.approx(expected, rel=1e-4)
-    assert objective.units(collate_pairs(pair_records, rows)) == 3
+    batch = collate_pairs(pair_records, rows)
+    assert objective.units(batch) == 3
+    assert objective.scored(batch) == len(batch.targets().at_M)
 
 
 def test_a_tie_counts_one_half(make_model: Models, pair_records: TokenStore) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from modern_llm.alignment.pipeline import AlignmentPipeline
-from modern_llm.alignment.preflight import ASSUMED_MFU
 from modern_llm.config import list_presets, load_config
 from modern_llm.errors import ConfigError, DataError
 from modern_llm.training import throughput
@@ -226,7 +225,7 @@ def test_the_numbers_of_the_plan(place: Places, monkeypatch: pytest.MonkeyPatch)
         forward = 2 * (matrices + model.vocab_size * model.d_model) + scores
         flops = 3 * forward * plans[stage].tokens
         assert plans[stage].flops == pytest.approx(flops, rel=0.01)
-        hours = plans[stage].flops / (1e12 * ASSUMED_MFU) / 3600
+        hours = plans[stage].flops / (1e12 * throughput.ASSUMED_MFU) / 3600
         assert plans[stage].hours == pytest.approx(hours)
     params = model.vocab_size * model.d_model + matrices + 3 * model.d_model
     assert preflight.cost.params == params

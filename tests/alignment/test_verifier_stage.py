@@ -93,7 +93,7 @@ def test_objective_matches_a_row_at_a_time(
     total.backward()
 
     n_tokens = sum(len(RECORDS[i][1]) for i in rows)
-    assert objective.units(batch) == n_tokens
+    assert objective.units(batch) == objective.scored(batch) == n_tokens
     assert terms.loss_sum.item() == pytest.approx(total.item(), rel=1e-5)
     assert terms.metrics["value_loss"].item() == pytest.approx(value.item(), rel=1e-5)
     assert terms.metrics["lm_loss"].item() == pytest.approx(lm.item(), rel=1e-5)

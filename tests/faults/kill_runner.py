@@ -40,6 +40,7 @@ class SlowLoader:
     """Batches of a step; slow enough that a kill lands in the middle of things."""
 
     fingerprint = "slow"
+    steps_per_epoch = 4
 
     def batches(self, step: int) -> list[TokenBatch]:
         time.sleep(0.002)
@@ -113,7 +114,7 @@ def summary(folder: Path) -> dict[str, Any]:
     digest = hashlib.sha256()
     for name, tensor in sorted(read_checkpoint(folder / "final").weights.items()):
         digest.update(name.encode() + tensor.numpy().tobytes())
-    timing = {"tokens_per_s", "mfu", "memory_gb", "time_s"}
+    timing = {"tokens_per_s", "tflops", "mfu", "step_s", "time_s", "memory_gb", "memory_peak_gb"}
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     kept = [
         {k: v for k, v in row.items() if k not in timing}

@@ -22,7 +22,10 @@ from modern_llm.training.retention import list_checkpoints, newest_good
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 TRAINED = ("pretrain", "sft", "dpo", "verifier")
 STEPS = 6
-CLOCK = {"tokens_per_s", "mfu", "memory_gb", "time_s"}  # what the clock decides
+CLOCK = {
+    *("tokens_per_s", "tflops", "mfu", "step_s", "time_s"),
+    *("memory_gb", "memory_peak_gb"),
+}  # what clock and machine decide
 CHANGES = {
     # Dropout is on: equal bits need an equal random state after every restart.
     "model.dropout": 0.2,
@@ -123,6 +126,8 @@ def assert_same(run: Path, whole: Path) -> None:
         ]
         assert_equal(states[0]["update"], states[1]["update"])
         assert_equal(states[0]["rng"], states[1]["rng"])
+        record = json.loads((mine / "run.json").read_text())  # whole, and nothing twice
+        assert [row["step"] for row in record["iterations"]] == [*range(1, STEPS + 1)]
         results = [json.loads((folder / "result.json").read_text()) for folder in (mine, theirs)]
         for key in ("scores", "audit", "data", "model", "not_evaluated"):
             assert results[0][key] == results[1][key], f"{stage}: {key}"

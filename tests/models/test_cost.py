@@ -9,11 +9,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from modern_llm.config import ModelConfig, get_pipeline_preset, list_presets
 from modern_llm.models import FFNS, KERNELS, NORMS, POSITIONS, ModernDecoderLM, VerifierModel
+from modern_llm.models.attention import ATTENTIONS
+from modern_llm.models.ffn import ACTIVATIONS
+
+COUNTED = sorted(set(KERNELS) - {"flex"})  # the counter does not know that one
 
 VARIANTS = [
     *({"norm": name} for name in NORMS),
     *({"position": name} for name in POSITIONS),
     *({"ffn": name, "bias": True} for name in FFNS),
+    *({"ffn": "standard", "activation": name} for name in ACTIVATIONS),
     *({"ffn": name, "moe": {"n_experts": 4, "top_k": 2}} for name in FFNS),
     {"moe": {"n_experts": 3, "top_k": 1, "every": 2}},
     {"n_kv_heads": 1, "qk_norm": True},
@@ -21,11 +26,16 @@ VARIANTS = [
     {"tie_embeddings": False, "norm_position": "post"},
     {"attention": "window", "window": 8, "n_sinks": 2},
     {"attention": "window", "window": 8, "window_pattern": "SL"},
+    {"attention": "window", "window": 8, "sink": "learned", "n_kv_heads": 1},
 ]
 LINEAR = [
     {"attention": "linear", "n_kv_heads": heads, "max_seq_len": length}
     for heads in (1, 4)
     for length in (48, 100)
+] + [
+    {"attention": "linear", "position": name}
+    for name in POSITIONS
+    if name != "alibi"  # it adds to logits, which linear attention has not
 ]
 
 
@@ -48,7 +58,7 @@ def counted(model: torch.nn.Module, rows: int, length: int) -> tuple[float, floa
 @pytest.mark.parametrize(
     ("variant", "kernel"),
     [
-        *itertools.product(VARIANTS, sorted(set(KERNELS) - {"flex"})),  # which the counter knows
+        *itertools.product(VARIANTS, COUNTED),
         *((variant, "auto") for variant in LINEAR),
     ],
     ids=str,
@@ -120,15 +130,55 @@ def test_gpt2_small_is_as_published() -> None:
     assert cost.flops_per_token_training == pytest.approx(0.86e9, rel=0.01)
 
 
+def test_every_kind_of_attention_is_among_the_variants() -> None:
+    assert {v.get("attention", "full") for v in [*VARIANTS, *LINEAR]} == set(ATTENTIONS)
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {},
+        {"n_kv_heads": 2, "ffn": "standard"},
+        {"attention": "linear"},
+        {"moe": {"n_experts": 4, "top_k": 2}, "tie_embeddings": False},
+    ],
+    ids=str,
+)
+def test_each_part_has_its_share(variant: dict) -> None:
+    """Attention, feed-forward and head apart, as the counter finds them by module."""
+    sizes = {"vocab_size": 97, "d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 48}
+    config = ModelConfig(**sizes, **variant)
+    model = ModernDecoderLM(config)
+    counter = FlopCounterMode(display=False)
+    with sdpa_kernel(SDPBackend.MATH), torch.no_grad(), counter:
+        model(torch.zeros(1, 48, dtype=torch.long))
+    by_module = {name: sum(ops.values()) / 48 for name, ops in counter.get_flop_counts().items()}
+    blocks = [f"ModernDecoderLM.blocks.{layer}" for layer in range(2)]
+    ffn = "moe" if config.moe else "ffn"
+    cost = model.cost(48)
+    assert cost.attention_flops == pytest.approx(sum(by_module[f"{b}.attention"] for b in blocks))
+    assert cost.feed_forward_flops == pytest.approx(sum(by_module[f"{b}.{ffn}"] for b in blocks))
+    inside = sum(by_module[block] for block in blocks)
+    assert cost.head_flops == pytest.approx(by_module["Global"] - inside)
+    parts = cost.attention_flops + cost.feed_forward_flops + cost.head_flops
+    assert parts == pytest.approx(cost.flops_per_token_forward)
+
+
+@pytest.mark.parametrize("kernel", ["manual", "sdpa", "auto"])
 @pytest.mark.parametrize("preset", list_presets())
-def test_every_preset(preset: str) -> None:
+def test_every_preset_at_its_own_shape(preset: str, kernel: str) -> None:
     """On the meta device, where nothing is computed but all products are counted."""
     config = get_pipeline_preset(preset).model
-    config = config.model_copy(update={"attention_backend": "manual"})
-    with torch.device("meta"):
+    config = config.model_copy(update={"attention_backend": kernel})
+    length = config.max_seq_len
+    with torch.device("meta"), sdpa_kernel(SDPBackend.MATH):
         model = ModernDecoderLM(config)
-        length = config.max_seq_len
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            model(torch.zeros(1, length, dtype=torch.long))
-    counted_flops = counter.get_total_flops() / length
-    assert model.cost(length).flops_per_token_forward == pytest.approx(counted_flops, rel=0.01)
+        with FlopCounterMode(display=False) as forward:
+            logits = model(torch.zeros(1, length, dtype=torch.long))
+        with FlopCounterMode(display=False) as backward:
+            logits.float().sum().backward()
+    counts = [counter.get_total_flops() / length for counter in (forward, backward)]
+    cost = model.cost(length)
+    assert cost.flops_per_token_forward == pytest.approx(counts[0], rel=0.01)
+    assert cost.flops_per_token_training == pytest.approx(sum(counts), rel=0.01)
+    assert cost.params == sum(p.numel() for p in model.parameters())

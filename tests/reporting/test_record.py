@@ -10,6 +10,7 @@ from fake_run import dump, load
 from modern_llm.config import config_sha256
 from modern_llm.errors import DataError
 from modern_llm.reporting.record import check_run
+from modern_llm.training.run_file import write_run_file
 
 Rows = list[dict[str, Any]]
 
@@ -26,6 +27,16 @@ def edit_result(run: Path, change: Callable[[Any], Any], stage: str = "sft") -> 
     value = load(path)
     change(value)
     dump(path, value)
+
+
+def edit_run_file(run: Path, change: Callable[[Any], Any], stage: str = "sft") -> None:
+    """Write the stage's ``run.json`` as it should be, but for ``change``."""
+    folder = run / stage
+    summary = load(folder / "result.json")
+    write_run_file(folder, config=load(run / "config.json"), summary=summary)
+    value = load(folder / "run.json")
+    change(value)
+    dump(folder / "run.json", value)
 
 
 def first(rows: Rows, kind: str) -> dict[str, Any]:
@@ -69,6 +80,12 @@ def test_a_restarted_run_passes(fake: Path) -> None:
     edit_rows(fake, restart)
     edit_result(fake, lambda v: v["provenance"].update(restarts=1))
 
+    assert check_run(fake) == []
+
+
+def test_a_good_run_file_passes(fake: Path) -> None:
+    for stage in ("pretrain", "sft", "dpo", "verifier"):
+        edit_run_file(fake, lambda value: None, stage)
     assert check_run(fake) == []
 
 
@@ -214,6 +231,22 @@ def damaged_result(run: Path) -> None:
     (run / "sft" / "result.json").write_text("{")
 
 
+def shorter_run_file(run: Path) -> None:
+    edit_run_file(run, lambda v: v["iterations"].pop())
+
+
+def altered_run_file(run: Path) -> None:
+    edit_run_file(run, lambda v: v["evaluations"][0].update(loss=0.5))
+
+
+def run_file_of_another_checkpoint(run: Path) -> None:
+    edit_run_file(run, lambda v: v["summary"]["checkpoint"].update(sha256="e" * 64))
+
+
+def damaged_run_file(run: Path) -> None:
+    (run / "sft" / "run.json").write_text("{")
+
+
 def other_parent(run: Path) -> None:
     edit_result(run, lambda v: v["parent"].update(sha256="e" * 64))
 
@@ -257,6 +290,10 @@ def other_model_evaluated(run: Path) -> None:
         (torn_metrics, "can be read"),
         (no_metrics, "holds rows"),
         (damaged_result, "can be read"),
+        (shorter_run_file, "has the rows of metrics.jsonl"),
+        (altered_run_file, "has the rows of metrics.jsonl"),
+        (run_file_of_another_checkpoint, "is of the checkpoint of result.json"),
+        (damaged_run_file, "can be read"),
         (other_parent, "starts from this run's pretrain checkpoint"),
         (other_model_evaluated, "evaluates this run's sft checkpoint"),
     ],

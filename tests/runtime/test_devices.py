@@ -1,4 +1,6 @@
+import os
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -11,13 +13,17 @@ from modern_llm.runtime.devices import (
     Ranks,
     autocast,
     check_precision,
+    hardware,
     keep_freed_memory,
     memory_gb,
+    memory_row,
+    peak_memory_gb,
     resolve_device,
     resolve_precision,
     set_threads,
     single_process,
 )
+from modern_llm.runtime.environment import cpu_name
 
 CPU = torch.device("cpu")
 
@@ -176,4 +182,35 @@ def test_memory_is_that_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
         raise FileNotFoundError(path)
 
     monkeypatch.setattr(devices, "open", no_proc, raising=False)  # as on macOS
-    assert memory_gb(CPU) > 0
+    assert memory_gb(CPU) == peak_memory_gb(CPU)
+
+
+def test_the_most_memory_stays_when_it_is_freed() -> None:
+    block = torch.ones(100_000_000)  # 0.4 GB, written to
+    row = memory_row(CPU)
+    assert set(row) == {"memory_gb", "memory_peak_gb"}
+    del block
+    assert peak_memory_gb(CPU) >= 0.4
+    assert row["memory_peak_gb"] >= row["memory_gb"] - 0.01
+
+
+def test_hardware_says_what_computes() -> None:
+    told = hardware(CPU)
+    assert told["device"] == "cpu"
+    assert told["threads"] == torch.get_num_threads()
+    assert told["cores"] == os.cpu_count()
+    assert told["name"] == cpu_name()
+    assert told["memory_gb"] == pytest.approx(psutil.virtual_memory().total / 1e9, abs=0.1)
+
+
+def test_a_gpu_is_told_with_its_own_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = SimpleNamespace(name="NVIDIA Made-up", total_memory=80_000_000_000)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    told = hardware(torch.device("cuda"))
+    assert (told["name"], told["memory_gb"]) == ("NVIDIA Made-up", 80.0)
+
+    counts = {"memory_allocated": 1e9, "max_memory_allocated": 2e9, "memory_reserved": 3e9}
+    for name, value in counts.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    row = memory_row(torch.device("cuda"))
+    assert row == {"memory_gb": 1.0, "memory_peak_gb": 2.0, "memory_reserved_gb": 3.0}

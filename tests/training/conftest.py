@@ -18,6 +18,8 @@ VOCAB, SEQ_LEN, ROWS = 32, 8, 4
 class StepLoader:
     """Random rows of optimizer step ``step``, with a ragged mask, as ``n_micro`` micro-batches."""
 
+    steps_per_epoch = 4
+
     def __init__(self, n_micro: int = 2, fingerprint: str = "data-1") -> None:
         self.n_micro, self.fingerprint = n_micro, fingerprint
         self.asked: list[int] = []

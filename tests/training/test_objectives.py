@@ -43,7 +43,9 @@ def test_lm_loss_matches_float64_reference(make_model: Models, gather: bool, doc
     assert float(actual.detach()) == pytest.approx(
         reference_loss_sum(logits, data.labels_BT), rel=1e-5
     )
-    assert objective.units(data) == int((data.labels_BT != -100).sum())
+    supervised = int((data.labels_BT != -100).sum())
+    assert objective.units(data) == supervised
+    assert objective.scored(data) == (supervised if gather else data.n_tokens)
 
 
 @pytest.mark.parametrize("gather", [False, True])

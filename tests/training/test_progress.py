@@ -5,16 +5,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from modern_llm.config import TrainingConfig
 from modern_llm.runtime.artifacts import JsonLines
 from modern_llm.training import progress
-from modern_llm.training.progress import RunLog, describe
+from modern_llm.training.progress import RunLog, describe, train_row
+from modern_llm.training.records import Progress, StepStats, perplexity
+from modern_llm.training.throughput import Work
 
 TRAIN: dict[str, Any] = {
-    "step": 7, "loss": 1.5, "lr": 1e-3, "grad_norm": 0.5, "tokens": 99, "units": 9,
-    "tokens_per_s": 1234.5, "mfu": None, "memory_gb": 0.25,
+    "step": 7, "loss": 1.5, "perplexity": 4.4817, "lr": 1e-3, "grad_norm": 0.5, "tokens": 99,
+    "units": 9, "tokens_per_s": 1234.5, "step_s": 0.08, "tflops": 0.0123, "mfu": None,
+    "memory_gb": 0.25, "memory_peak_gb": 0.5,
 }  # fmt: skip
 
 
@@ -23,9 +27,44 @@ def config(max_steps: int) -> TrainingConfig:
 
 
 def test_one_line_says_how_it_goes() -> None:
-    line = describe({**TRAIN, "mfu": None})
-    assert line == "loss 1.5000  lr 1.00e-03  1,234 tok/s  MFU n/a  0.25 GB"
+    assert describe(TRAIN) == (
+        "loss 1.5000  ppl 4.48  lr 1.00e-03  grad 0.5  0.08 s/step  1,234 tok/s  0.0123 TFLOP/s  "
+        "MFU n/a  0.25 GB (peak 0.50)"
+    )
     assert "MFU 41.5%" in describe({**TRAIN, "mfu": 0.415})
+    pairs = {key: value for key, value in TRAIN.items() if key != "perplexity"}
+    assert "ppl" not in describe(pairs)
+    assert "TFLOP" not in describe({**TRAIN, "tflops": None})
+
+
+def row(**changes: Any) -> dict[str, Any]:
+    """A row of a step after one that was told: 400 tokens, 100 scored, in 2 s and 4 steps."""
+    stats = StepStats(2.0, 0.5, 1e-3, 90, 100, 30, {"accuracy": torch.tensor(0.25)})
+    last = Progress(step=6, tokens=600, units=540, scored=150, seconds=10.0)
+    now = Progress(step=10, tokens=1000, units=900, scored=250, seconds=12.0)
+    options = {"likelihood": True, "work": Work(2e9, 4e9), "peak": 1.2e12, **changes}
+    return train_row(stats, now, last, **options)
+
+
+def test_speed_is_that_since_the_last_row() -> None:
+    told = row()
+    assert (told["step"], told["tokens"], told["units"]) == (10, 1000, 900)
+    assert told["tokens_per_s"] == 200.0
+    assert told["step_s"] == 0.5
+    assert told["tflops"] == pytest.approx(0.6)  # 200 tokens of 2 GFLOP and 50 of 4 a second
+    assert told["mfu"] == pytest.approx(0.5)
+    assert told["accuracy"] == 0.25
+    assert told["perplexity"] == pytest.approx(7.38905609893065)
+    assert "perplexity" not in row(likelihood=False)
+    assert row(peak=None)["mfu"] is None
+    assert row(peak=None)["tflops"] == pytest.approx(0.6)
+    assert row(work=None)["tflops"] is row(work=None)["mfu"] is None
+
+
+def test_a_perplexity_that_no_float_can_hold_is_infinite() -> None:
+    assert perplexity(0.0) == 1.0
+    assert math.isfinite(perplexity(709.0))
+    assert perplexity(710.0) == perplexity(1e9) == math.inf
 
 
 def test_a_terminal_gets_a_bar_and_a_file_gets_lines(

@@ -33,9 +33,13 @@ from modern_llm.training import (
     verify_checkpoint,
 )
 from modern_llm.training.checkpoint import FORMAT
+from modern_llm.training.throughput import Work
 
 Trainers = Callable[..., Trainer]
-TIMING = ("tokens_per_s", "mfu", "memory_gb", "time_s", "seconds")
+TIMING = (
+    *("tokens_per_s", "tflops", "mfu", "step_s", "time_s", "seconds"),
+    *("memory_gb", "memory_peak_gb"),
+)
 
 
 def rows(folder: Path, kind: str = "train") -> list[dict[str, Any]]:
@@ -67,7 +71,7 @@ class StopAt(LMObjective):
 def test_a_run_learns_saves_and_tells(make_trainer: Trainers, tmp_path: Path) -> None:
     folder = tmp_path / "pretrain"
     result = make_trainer(
-        folder, max_steps=40, save_every=10, log_every=5, lr=1e-2, flops_per_token=1e5
+        folder, max_steps=40, save_every=10, log_every=5, lr=1e-2, work=Work(8e4, 2e4)
     ).fit()
     told = rows(folder)
     assert [row["step"] for row in told] == [1, *range(5, 41, 5)]

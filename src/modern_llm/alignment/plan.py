@@ -5,8 +5,9 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
-from modern_llm.alignment.preflight import ASSUMED_MFU, Preflight
+from modern_llm.alignment.preflight import Preflight
 from modern_llm.config import PipelineConfig
+from modern_llm.training.throughput import ASSUMED_MFU
 
 
 def print_plan(config: PipelineConfig, preflight: Preflight) -> int:

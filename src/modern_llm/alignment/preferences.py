@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modern_llm.config import DPOConfig
-from modern_llm.data.collate import PairBatch
+from modern_llm.data.collate import CHOSEN, PairBatch
 from modern_llm.training.objectives import Terms, with_balance_loss
 
 
@@ -62,6 +62,7 @@ class DPOObjective:
     """
 
     unit = "pair"
+    likelihood = False
 
     def __init__(self, options: DPOConfig, reference_P2: Tensor) -> None:
         self.options = options
@@ -70,6 +71,10 @@ class DPOObjective:
     def units(self, batch: PairBatch) -> int:
         """Number of pairs."""
         return len(batch.index_B)
+
+    def scored(self, batch: PairBatch) -> int:
+        """Number of answer tokens."""
+        return int((batch.part_BT >= CHOSEN).sum())
 
     def __call__(self, model: nn.Module, batch: PairBatch) -> Terms:
         """Sum of the pair losses, and sums of accuracy, margin and both rewards."""

@@ -31,9 +31,8 @@ from modern_llm.runtime.logs import check_trackers
 from modern_llm.training.checkpoint import MANIFEST, META, read_checkpoint, verify_checkpoint
 from modern_llm.training.optim import build_optimizers
 from modern_llm.training.schedule import Schedule
-from modern_llm.training.throughput import peak_flops
+from modern_llm.training.throughput import ASSUMED_MFU, peak_flops
 
-ASSUMED_MFU = 0.4  # share of the device's peak that a plan counts on
 STATE_BYTES = 16  # a parameter's fp32 weight, gradient and two moments
 WEIGHT_BYTES = 4
 ANSWERED = ("instruct", "problems")

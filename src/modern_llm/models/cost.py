@@ -5,6 +5,10 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+ATTENTION = ("projections", "attention")  # matrices around it; scores and the mixing of values
+FEED_FORWARD = ("ffn", "experts", "router")
+HEAD = ("head", "value head")
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -35,6 +39,21 @@ class Cost:
     def flops_per_token_training(self) -> float:
         """Forward and backward: three times the forward."""
         return 3.0 * self.flops_per_token_forward
+
+    @property
+    def attention_flops(self) -> float:
+        """Forward FLOPs per token of attention, its matrices included."""
+        return sum(self.parts.get(name, 0.0) for name in ATTENTION)
+
+    @property
+    def feed_forward_flops(self) -> float:
+        """Forward FLOPs per token of the feed-forward, or of the experts and their router."""
+        return sum(self.parts.get(name, 0.0) for name in FEED_FORWARD)
+
+    @property
+    def head_flops(self) -> float:
+        """Forward FLOPs per token whose logits, or score, are computed."""
+        return sum(self.parts.get(name, 0.0) for name in HEAD)
 
     def __add__(self, other: "Cost") -> "Cost":
         names = [*self.parts, *(name for name in other.parts if name not in self.parts)]

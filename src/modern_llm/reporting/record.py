@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from modern_llm.config import PipelineConfig, config_sha256
+from modern_llm.reporting.fields import read_json
 from modern_llm.reporting.results import read_run
 from modern_llm.reporting.values import Checkpoint, Run, StageRun
 from modern_llm.runtime.artifacts import sha256_file, sha256_json
@@ -50,6 +51,7 @@ def check_run(run: Path) -> list[Problem]:
         problems += _check_order(stage)
         problems += _check_provenance(stage, config)
         problems += _check_totals(stage)
+        problems += _check_run_file(run, stage)
         problems += _check_checkpoint(run, stage)
         problems += _check_parent(read, stage)
     problems += _check_eval(read)
@@ -179,6 +181,23 @@ def _check_totals(stage: StageRun) -> Iterator[Problem]:
     starts = len(stage.rows("start"))
     if restarts is not None and restarts > starts - 1:  # one before the first save is not counted
         yield Problem(where, "restarts are in the record", f"{restarts} here, {starts} start rows")
+
+
+def _check_run_file(run: Path, stage: StageRun) -> Iterator[Problem]:
+    """``run.json`` repeats what other files say; versions without it are no fault."""
+    where, faults = f"{stage.name}/run.json", list[str]()
+    record = read_json(run / stage.name / "run.json", where, faults)
+    yield from (Problem(where, "can be read", fault) for fault in faults)
+    if record is None or faults:
+        return
+    for name, kind in (("iterations", "train"), ("evaluations", "eval")):
+        told = [{"kind": kind, **row.raw} for row in record.items(name)]
+        if told != stage.rows(kind):
+            found = f"{len(told)} {name} here, {len(stage.rows(kind))} rows there, or they differ"
+            yield Problem(where, "has the rows of metrics.jsonl", found)
+    ours = record.fields("summary").fields("checkpoint").text("sha256")
+    if stage.checkpoint is not None and ours != stage.checkpoint.sha256:
+        yield Problem(where, "is of the checkpoint of result.json", "the hashes differ")
 
 
 def locate(run: Path, checkpoint: Checkpoint) -> Path | None:

@@ -121,6 +121,7 @@ def report_text(run: Run, assets: str, names: dict[str, bytes] | list[str]) -> s
         about.configuration(run),
         about.data(run),
         about.training(run),
+        about.generation(run),
         about.machine(run),
         results.curves(run, pictures),
         results.best_of_n_section(run, pictures),

@@ -15,6 +15,7 @@ from modern_llm.reporting.values import (
     Checkpoint,
     DataRow,
     EvalRun,
+    Inference,
     ModelEval,
     Point,
     Provenance,
@@ -99,6 +100,7 @@ def _read_stage(folder: Path, faults: list[str]) -> StageRun:
             seconds=training.number("seconds"),
             tokens_per_s=training.number("tokens_per_s"),
             mfu=training.number("mfu"),
+            epoch_s=training.number("epoch_s"),
             peak_memory_gb=training.number("peak_memory_gb"),
             final_loss=training.number("final_loss"),
             best_step=best.integer("step"),
@@ -108,10 +110,12 @@ def _read_stage(folder: Path, faults: list[str]) -> StageRun:
         parent=_checkpoint(result.fields("parent")),
         checkpoint=_checkpoint(result.fields("checkpoint")),
         scores=_scores(result),
+        inference=_inference(result.fields("inference")),
         audit=result.fields("audit").raw,
         not_evaluated=_not_evaluated(result),
         params=model.integer("params"),
         active_params=model.integer("active_params"),
+        model_bytes=model.integer("bytes"),
         flops_per_token=model.number("flops_per_token"),
         summary=model.text("summary"),
         provenance=_provenance(result.fields("provenance")),
@@ -236,6 +240,23 @@ def _provenance(fields: Fields) -> Provenance:
         started=fields.text("started"),
         ended=fields.text("ended"),
         restarts=fields.integer("restarts"),
+    )
+
+
+def _inference(fields: Fields) -> Inference | None:
+    if not fields:
+        return None
+    return Inference(
+        batch_size=fields.integer("batch_size"),
+        prompt_tokens=fields.integer("prompt_tokens"),
+        new_tokens=fields.integer("new_tokens"),
+        precision=fields.text("precision"),
+        device=fields.text("device"),
+        threads=fields.integer("threads"),
+        prefill_tokens_per_s=fields.number("prefill_tokens_per_s"),
+        decode_tokens_per_s=fields.number("decode_tokens_per_s"),
+        first_token_s=fields.number("first_token_s"),
+        token_s=fields.number("token_s"),
     )
 
 

@@ -86,15 +86,48 @@ def training(run: Run) -> list[str]:
             best = f"{fixed(t.best_loss)} at {whole(t.best_step)}"
         rows.append([
             stage.name, status(stage), whole(t.steps), short(t.tokens), duration(t.seconds),
-            whole(t.tokens_per_s), percent(t.mfu), fixed(t.peak_memory_gb, 2),
+            duration(t.epoch_s), whole(t.tokens_per_s), percent(t.mfu), fixed(t.peak_memory_gb, 2),
             fixed(t.final_loss), best, whole(stage.provenance.restarts),
         ])  # fmt: skip
-    heads = ["stage", "status", "steps", "tokens", "time", "tokens/s", "MFU", "peak GB",
-             "final loss", "best validation loss, step", "restarts"]  # fmt: skip
+    heads = ["stage", "status", "steps", "tokens", "time", "time a pass", "tokens/s", "MFU",
+             "peak GB", "final loss", "best validation loss, step", "restarts"]  # fmt: skip
     seconds = [s.training.seconds for s in run.stages.values() if s.training.seconds is not None]
     total = f"Training took {duration(sum(seconds))} in all; losses are in nats."
-    parts = ["### Training", table(heads, rows, right="llrrrrrrrrr")]
+    parts = ["### Training", table(heads, rows, right="llrrrrrrrrrr")]
     return [*parts, total] if seconds else parts
+
+
+def generation(run: Run) -> list[str]:
+    """How fast the models that were timed generate, and their size on disk."""
+    rows = []
+    for stage in run.started:
+        speed = stage.inference
+        if speed is None:
+            continue
+        rows.append([
+            stage.name, f"{escape(speed.device)}, {whole(speed.threads)} threads",
+            escape(speed.precision), whole(speed.batch_size), whole(speed.prompt_tokens),
+            whole(speed.new_tokens), whole(speed.prefill_tokens_per_s),
+            whole(speed.decode_tokens_per_s), fixed(milli(speed.first_token_s), 2),
+            fixed(milli(speed.token_s), 2), fixed(mega(stage.model_bytes), 1),
+        ])  # fmt: skip
+    if not rows:
+        return []
+    heads = ["stage", "device", "precision", "rows", "prompt tokens", "new tokens",
+             "prefill tokens/s", "decode tokens/s", "first token ms", "next token ms",
+             "model MB"]  # fmt: skip
+    told = "Greedy, with a cache; medians after a warm-up, tokens/s of all rows together."
+    return ["### Generation", table(heads, rows, right="lllrrrrrrrr"), told]
+
+
+def milli(value: float | None) -> float | None:
+    """Seconds as milliseconds."""
+    return None if value is None else 1e3 * value
+
+
+def mega(value: float | None) -> float | None:
+    """Bytes as megabytes of a million."""
+    return None if value is None else value / 1e6
 
 
 def status(stage: StageRun) -> str:

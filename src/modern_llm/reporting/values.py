@@ -54,10 +54,27 @@ class Training:
     seconds: float | None = None
     tokens_per_s: float | None = None
     mfu: float | None = None
+    epoch_s: float | None = None
     peak_memory_gb: float | None = None
     final_loss: float | None = None
     best_step: int | None = None
     best_loss: float | None = None
+
+
+@dataclass(frozen=True)
+class Inference:
+    """How fast a stage's model generated; tokens a second are those of all rows."""
+
+    batch_size: int | None
+    prompt_tokens: int | None
+    new_tokens: int | None
+    precision: str
+    device: str
+    threads: int | None
+    prefill_tokens_per_s: float | None
+    decode_tokens_per_s: float | None
+    first_token_s: float | None
+    token_s: float | None
 
 
 @dataclass(frozen=True)
@@ -86,10 +103,12 @@ class StageRun:
     parent: Checkpoint | None = None
     checkpoint: Checkpoint | None = None
     scores: tuple[Score, ...] = ()
+    inference: Inference | None = None
     audit: dict[str, Any] = field(default_factory=dict)
     not_evaluated: tuple[tuple[str, str], ...] = ()
     params: int | None = None
     active_params: int | None = None
+    model_bytes: int | None = None
     flops_per_token: float | None = None
     summary: str = ""
     provenance: Provenance = Provenance()

@@ -359,6 +359,12 @@ class JsonLines:
         """Whether a row of this kind and step, or of a later one, is there."""
         return step <= self._last_step.get(kind, -1)
 
+    def rows(self) -> list[dict[str, Any]]:
+        """All rows so far, in order."""
+        with _io_told(self.path):
+            lines = self.path.read_bytes().splitlines()
+        return [self._parsed(line, number) for number, line in enumerate(lines, start=1)]
+
     def append(self, row: dict[str, Any]) -> bool:
         """Append one row; returns whether it was written (see the class docstring)."""
         kind, step = str(row.get("kind")), row.get("step")

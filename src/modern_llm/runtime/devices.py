@@ -4,13 +4,15 @@ import ctypes
 import os
 import platform
 import resource
+import sys
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from modern_llm.errors import ConfigError
+from modern_llm.runtime.environment import cpu_name
 
 Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -137,6 +139,26 @@ def keep_freed_memory() -> None:
         mallopt(option, value)
 
 
+def hardware(device: torch.device) -> dict[str, Any]:
+    """What computes: device, its name, CPU threads of torch and of the machine, memory in GB.
+
+    Memory is that of the device; ``None`` where the system does not tell it.
+    """
+    name, memory = cpu_name(), None
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        name, memory = properties.name, properties.total_memory / 1e9
+    elif "SC_PHYS_PAGES" in os.sysconf_names:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
+    return {
+        "device": str(device),
+        "name": name,
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "memory_gb": None if memory is None else round(memory, 1),
+    }
+
+
 def memory_gb(device: torch.device) -> float:
     """Memory in use in GB (1e9 bytes): allocated on a GPU, resident of the process on a CPU."""
     if device.type == "cuda":
@@ -144,5 +166,21 @@ def memory_gb(device: torch.device) -> float:
     try:
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e9
-    except FileNotFoundError:  # not Linux: the largest so far, which macOS counts in bytes
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
+    except FileNotFoundError:  # not Linux
+        return peak_memory_gb(device)
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Largest memory so far in GB: allocated on a GPU, resident of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes of ru_maxrss
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def memory_row(device: torch.device) -> dict[str, float]:
+    """Memory now and at most, to log; on a GPU also what its allocator holds."""
+    row = {"memory_gb": memory_gb(device), "memory_peak_gb": peak_memory_gb(device)}
+    if device.type == "cuda":
+        row["memory_reserved_gb"] = torch.cuda.memory_reserved(device) / 1e9
+    return {name: round(value, 3) for name, value in row.items()}

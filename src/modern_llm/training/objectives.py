@@ -35,9 +35,13 @@ class Objective(Protocol):
     """Loss of one stage."""
 
     unit: str  # "token", "pair" or "answer"
+    likelihood: bool  # the loss is nats of a token, and its exponential a perplexity
 
     def units(self, batch: Any) -> int:
         """Units of the batch; may be 0. Called on the CPU, before the batch is moved."""
+
+    def scored(self, batch: Any) -> int:
+        """Tokens of the batch at which the head computes; called on the CPU too."""
 
     def __call__(self, model: nn.Module, batch: Any) -> Terms:
         """Loss and metrics of one micro-batch, summed over its units."""
@@ -68,6 +72,7 @@ class LMObjective:
     """
 
     unit = "token"
+    likelihood = True
 
     def __init__(self, *, gather: bool = False, compile: bool = False) -> None:
         self.gather = gather
@@ -76,6 +81,10 @@ class LMObjective:
     def units(self, batch: TokenBatch) -> int:
         """Supervised tokens of the batch."""
         return int((batch.labels_BT != IGNORE).sum())
+
+    def scored(self, batch: TokenBatch) -> int:
+        """All tokens, or those that are supervised."""
+        return self.units(batch) if self.gather else batch.n_tokens
 
     def __call__(self, model: nn.Module, batch: TokenBatch) -> Terms:
         """Cross entropy in nats, summed; with experts, their balance and load as metrics."""

@@ -3,23 +3,73 @@
 from types import TracebackType
 from typing import Any, Self
 
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 
 from modern_llm.config import TrainingConfig
 from modern_llm.runtime.artifacts import JsonLines
 from modern_llm.runtime.environment import environment, utc_now
 from modern_llm.runtime.logs import Trackers, console, get_logger
+from modern_llm.training.records import Progress, StepStats, perplexity
+from modern_llm.training.throughput import Work, mfu
 
 log = get_logger(__name__)
 
 
+def train_row(
+    stats: StepStats,
+    now: Progress,
+    last: Progress,
+    *,
+    likelihood: bool,
+    work: Work | None,
+    peak: float | None,
+) -> dict[str, Any]:
+    """Numbers of the newest step, and the speed since the last row.
+
+    Args:
+        stats: of the step.
+        now: progress after it.
+        last: progress at the last row.
+        likelihood: the loss is nats of a token, so it has a perplexity.
+        work: FLOPs of a token, for TFLOP/s and MFU.
+        peak: FLOP/s of the device, for the MFU.
+    """
+    seconds, tokens = now.seconds - last.seconds, now.tokens - last.tokens
+    scored = now.scored - last.scored
+    flops_per_s = None if work is None else work.flops(tokens, scored) / seconds
+    return {
+        "step": now.step,
+        "loss": stats.loss,
+        **({"perplexity": perplexity(stats.loss)} if likelihood else {}),
+        "lr": stats.lr,
+        "grad_norm": stats.grad_norm,
+        "tokens": now.tokens,
+        "units": now.units,
+        "tokens_per_s": round(tokens / seconds, 1),
+        "step_s": round(seconds / (now.step - last.step), 6),
+        "tflops": flops_per_s and flops_per_s / 1e12,
+        "mfu": mfu(flops_per_s, peak),
+        "time_s": round(now.seconds, 3),
+        **{name: value.tolist() for name, value in stats.metrics.items()},
+    }
+
+
 def describe(row: dict[str, Any]) -> str:
-    """One line of a train row: loss, learning rate, speed, MFU, memory."""
-    share = row["mfu"]
-    return (
-        f"loss {row['loss']:.4f}  lr {row['lr']:.2e}  {row['tokens_per_s']:,.0f} tok/s  "
-        f"{'MFU n/a' if share is None else f'MFU {share:.1%}'}  {row['memory_gb']:.2f} GB"
-    )
+    """One line of a train row: loss, learning rate, gradient, speed, MFU, memory."""
+    share, reached = row["mfu"], row["tflops"]
+    parts = [
+        f"loss {row['loss']:.4f}",
+        *([f"ppl {row['perplexity']:.2f}"] if "perplexity" in row else []),
+        f"lr {row['lr']:.2e}",
+        f"grad {row['grad_norm']:.3g}",
+        f"{row['step_s']:.3g} s/step",
+        f"{row['tokens_per_s']:,.0f} tok/s",
+        *([] if reached is None else [f"{reached:.3g} TFLOP/s"]),
+        "MFU n/a" if share is None else f"MFU {share:.1%}",
+        f"{row['memory_gb']:.2f} GB (peak {row['memory_peak_gb']:.2f})",
+    ]
+    return "  ".join(parts)
 
 
 class RunLog:
@@ -36,12 +86,12 @@ class RunLog:
         self.trackers = Trackers(config.trackers, folder=rows.path.parent, run="trackers")
         self.title = title
         self.total_steps = config.max_steps
-        self._bar: Progress | None = None
+        self._bar: Bar | None = None
         self._task = TaskID(0)
 
     def __enter__(self) -> Self:
         if console.is_terminal:
-            self._bar = Progress(
+            self._bar = Bar(
                 TextColumn("[bold]{task.description}"),
                 BarColumn(bar_width=20),
                 TextColumn("{task.completed:.0f}/{task.total:.0f}"),

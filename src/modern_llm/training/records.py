@@ -1,6 +1,7 @@
 """Records of a training run: how far it is, one step, the first loss, and what it came to."""
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,6 +46,11 @@ class FirstLoss:
             log.warning("%s: off by more than %g", told, self.tolerance)
 
 
+def perplexity(loss: float) -> float:
+    """Exponential of a loss in nats a token; infinite where no float can hold it."""
+    return math.exp(loss) if loss < math.log(sys.float_info.max) else math.inf
+
+
 @dataclass
 class Progress:
     """How far a run is; saved in every checkpoint."""
@@ -52,8 +58,10 @@ class Progress:
     step: int = 0  # finished optimizer steps
     tokens: int = 0
     units: int = 0
+    scored: int = 0  # tokens at which the head computed
     seconds: float = 0.0  # in training steps, all processes of the run together
     steady_tokens: int = 0  # without each process's first step, which compiles and warms up
+    steady_scored: int = 0
     steady_seconds: float = 0.0
     loss: float = math.nan  # of the last step
     best_step: int = -1  # of the validation passes; -1: none yet
@@ -70,6 +78,7 @@ class StepStats:
     lr: float
     units: int
     tokens: int
+    scored: int
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
 
 
@@ -79,7 +88,9 @@ class FitResult:
 
     steps: int
     tokens: int
-    seconds: float
+    passes: float  # over the training data
+    seconds: float  # in training steps
+    epoch_s: float  # of them, a pass
     tokens_per_s: float
     mfu: float | None
     peak_memory_gb: float

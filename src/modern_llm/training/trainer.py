@@ -1,5 +1,6 @@
 """One training loop for every stage; a stage brings a model, batches and an objective."""
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
@@ -14,7 +15,6 @@ from modern_llm.config import TrainingConfig
 from modern_llm.data.loader import Loader
 from modern_llm.errors import (
     CheckpointError,
-    ConfigError,
     DataError,
     DivergedError,
     StoppedBySignal,
@@ -24,7 +24,8 @@ from modern_llm.runtime.artifacts import JsonLines, sha256_json
 from modern_llm.runtime.devices import (
     check_precision,
     keep_freed_memory,
-    memory_gb,
+    memory_row,
+    peak_memory_gb,
     resolve_device,
     resolve_precision,
 )
@@ -37,8 +38,8 @@ from modern_llm.training.checkpoint import (
     write_checkpoint,
 )
 from modern_llm.training.objectives import Objective
-from modern_llm.training.progress import RunLog
-from modern_llm.training.records import FirstLoss, FitResult, Progress, StepStats
+from modern_llm.training.progress import RunLog, train_row
+from modern_llm.training.records import FirstLoss, FitResult, Progress, StepStats, perplexity
 from modern_llm.training.retention import (
     checkpoint_path,
     list_checkpoints,
@@ -48,19 +49,10 @@ from modern_llm.training.retention import (
     standing_final,
     sweep,
 )
-from modern_llm.training.throughput import mfu, peak_flops, peak_memory_gb
+from modern_llm.training.throughput import Work, mfu, peak_flops
 from modern_llm.training.update import Update
 
 log = get_logger(__name__)
-
-
-def _set_activation_checkpointing(model: nn.Module, wanted: bool) -> None:
-    """Apply the option to the model, or say that it cannot be."""
-    switch = getattr(model, "set_activation_checkpointing", None)
-    if switch is not None:
-        switch(wanted)
-    elif wanted:
-        raise ConfigError(f"training.activation_checkpointing: {type(model).__name__} has none")
 
 
 class Trainer:
@@ -78,8 +70,9 @@ class Trainer:
         checkpoint_meta: what every checkpoint says of itself: stage, model config, hashes.
         evaluate: one fixed pass over held-out data; its ``loss`` ranks checkpoints.
         sample: generated text to look at, as one row.
-        flops_per_token: forward and backward, for the MFU; ``None``: no MFU.
+        work: FLOPs of a token, for TFLOP/s and MFU; ``None``: neither is told.
         first_loss: what the loss of the very first step must be.
+        startup: what the stage told before it began, for the record (`startup`).
         resume: go on from the newest good checkpoint; ``False`` refuses a folder that has one.
         allow_data_change: go on although the data is not what it was.
 
@@ -99,8 +92,9 @@ class Trainer:
         checkpoint_meta: Mapping[str, Any],
         evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None,
         sample: Callable[[nn.Module], Mapping[str, Any]] | None = None,
-        flops_per_token: float | None = None,
+        work: Work | None = None,
         first_loss: FirstLoss | None = None,
+        startup: Mapping[str, Any] | None = None,
         resume: bool = True,
         allow_data_change: bool = False,
     ) -> None:
@@ -114,7 +108,8 @@ class Trainer:
         self.folder, self.checkpoints = folder, folder / "checkpoints"
         self.tokenizer_json, self.checkpoint_meta = tokenizer_json, dict(checkpoint_meta)
         self.evaluate, self.sample = evaluate, sample
-        self.flops_per_token, self.first_loss = flops_per_token, first_loss
+        self.work, self.first_loss = work, first_loss
+        self.startup = startup
         self.resume, self.allow_data_change = resume, allow_data_change
         self.update = Update(self.model, objective, config, device=self.device)
         self.progress = Progress()
@@ -124,7 +119,6 @@ class Trainer:
         self._validation: tuple[int, dict[str, float]] | None = None  # step, scores
         self._last_row = Progress()  # for the speed since the last train row
         self._steps_here = 0  # of this process
-        _set_activation_checkpointing(model, config.activation_checkpointing)
         if config.compile:
             self.model.compile()
 
@@ -140,6 +134,7 @@ class Trainer:
         self.progress.step += 1
         self.progress.tokens += stats.tokens
         self.progress.units += stats.units
+        self.progress.scored += stats.scored
         self.progress.loss = stats.loss
         return stats
 
@@ -241,7 +236,7 @@ class Trainer:
         rows = JsonLines(self.folder / "metrics.jsonl")
         self._restore()
         self._last_row = replace(self.progress)
-        if self.flops_per_token is not None:
+        if self.work is not None:
             self.peak = peak_flops(self.device, self.config.precision)
         with RunLog(rows, title=self.folder.name, config=self.config) as self.run_log:
             self._tell_start()
@@ -261,7 +256,7 @@ class Trainer:
         while self.progress.step < self.config.max_steps:
             begin = time.perf_counter()
             stats = self.train_step(self.loader.batches(self.progress.step))
-            self._count(time.perf_counter() - begin, stats.tokens)
+            self._count(time.perf_counter() - begin, stats)
             if self._due(self.config.log_every) or self.progress.step == 1:
                 self._tell_step(stats)
             self._after_step(stop)
@@ -300,11 +295,12 @@ class Trainer:
         step = self.progress.step
         return step == self.config.max_steps or (step > 0 and every > 0 and step % every == 0)
 
-    def _count(self, seconds: float, tokens: int) -> None:
+    def _count(self, seconds: float, stats: StepStats) -> None:
         self.progress.seconds += seconds
         if self._steps_here > 0:
             self.progress.steady_seconds += seconds
-            self.progress.steady_tokens += tokens
+            self.progress.steady_tokens += stats.tokens
+            self.progress.steady_scored += stats.scored
         self._steps_here += 1
 
     def _aside(
@@ -331,7 +327,8 @@ class Trainer:
         self._validation = (step, dict(scores))
         if loss < self.progress.best_loss:
             self.progress.best_step, self.progress.best_loss = step, loss
-        self.run_log.evaluation({"step": step, **scores})
+        known = {"perplexity": perplexity(loss)} if self.objective.likelihood else {}
+        self.run_log.evaluation({"step": step, **scores, **known})
 
     def _sample(self, stop: StopSignal) -> None:
         assert self.sample is not None
@@ -343,14 +340,18 @@ class Trainer:
         """Write ``final/`` (weights alone), unless it stands."""
         p, final = self.progress, self.folder / "final"
         digest = standing_final(final, step=p.step) or self._write(final, with_state=False)
-        speed = p.steady_tokens / p.steady_seconds if p.steady_seconds else 0.0
+        seconds = p.steady_seconds or math.inf  # of a single step: no speed is known
+        work = self.work.flops(p.steady_tokens, p.steady_scored) if self.work else None
         best = {"step": p.best_step, "loss": p.best_loss} if p.best_step >= 0 else None
+        passes = p.step / self.loader.steps_per_epoch
         return FitResult(
             steps=p.step,
             tokens=p.tokens,
+            passes=passes,
             seconds=p.seconds,
-            tokens_per_s=speed,
-            mfu=mfu(speed, self.flops_per_token, self.peak),
+            epoch_s=p.seconds / passes,
+            tokens_per_s=p.steady_tokens / seconds,
+            mfu=mfu(None if work is None else work / seconds, self.peak),
             peak_memory_gb=peak_memory_gb(self.device),
             final_loss=p.loss,
             best=best,
@@ -370,29 +371,19 @@ class Trainer:
                 "unit": self.objective.unit,
                 "device": str(self.device),
                 "peak_flops": self.peak,
+                "startup": self.startup,
             }
         )
 
     def _tell_step(self, stats: StepStats) -> None:
         p, last = self.progress, self._last_row
-        seconds = p.seconds - last.seconds
-        speed = (p.tokens - last.tokens) / seconds
-        row: dict[str, Any] = {
-            "step": p.step,
-            "loss": stats.loss,
-            "lr": stats.lr,
-            "grad_norm": stats.grad_norm,
-            "tokens": p.tokens,
-            "units": p.units,
-            "tokens_per_s": round(speed, 1),
-            "mfu": mfu(speed, self.flops_per_token, self.peak),
-            "memory_gb": round(memory_gb(self.device), 3),
-            "time_s": round(p.seconds, 3),
-        }
-        row |= {name: value.tolist() for name, value in stats.metrics.items()}
-        eta_s = (self.config.max_steps - p.step) * seconds / (p.step - last.step)
+        row = train_row(
+            stats, p, last,
+            likelihood=self.objective.likelihood, work=self.work, peak=self.peak,
+        )  # fmt: skip
+        eta_s = (self.config.max_steps - p.step) * (p.seconds - last.seconds) / (p.step - last.step)
         self._last_row = replace(p)
-        self.run_log.train(row, eta_s=eta_s)
+        self.run_log.train(row | memory_row(self.device), eta_s=eta_s)
 
     def _tell_stop(self, status: str) -> None:
         p = self.progress

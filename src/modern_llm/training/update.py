@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from modern_llm.config import TrainingConfig
-from modern_llm.errors import DataError, DivergedError
+from modern_llm.errors import ConfigError, DataError, DivergedError
 from modern_llm.runtime.devices import autocast
 from modern_llm.training.gradients import gradient_statistics
 from modern_llm.training.objectives import Objective, Terms
@@ -34,7 +34,7 @@ class Update:
         device: where to compute.
 
     Raises:
-        ConfigError: unknown optimizer, schedule or option.
+        ConfigError: unknown optimizer, schedule or option; the model keeps its activations.
     """
 
     def __init__(
@@ -50,6 +50,7 @@ class Update:
         self.schedule = Schedule(config)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         self._parameters = self.optimizers.parameters()
+        _set_activation_checkpointing(model, config.activation_checkpointing)
 
     def all_sum(self, value: int) -> int:
         """Sum of a count over all ranks. One process is all there is: the value itself."""
@@ -72,6 +73,7 @@ class Update:
         micro_batches = list(micro_batches)  # a loader makes them when they are asked for
         units = self.all_sum(sum(self.objective.units(batch) for batch in micro_batches))
         tokens = self.all_sum(sum(batch.n_tokens for batch in micro_batches))
+        scored = self.all_sum(sum(self.objective.scored(batch) for batch in micro_batches))
         if units == 0:
             raise DataError(f"step {step + 1} has no {self.objective.unit} to learn from")
         sums = self._backward(micro_batches, units)
@@ -94,7 +96,8 @@ class Update:
         self.scaler.update()
         self.optimizers.zero_grad()
         means = {name: value / units for name, value in sums.metrics.items()} | gradients
-        return StepStats(loss, grad_norm, self.config.lr * factor, units, tokens, means)
+        lr = self.config.lr * factor
+        return StepStats(loss, grad_norm, lr, units, tokens, scored, means)
 
     def _backward(self, micro_batches: Sequence[Any], units: int) -> Terms:
         """Accumulate the gradient of the mean; returns the sums, without their graph."""
@@ -137,3 +140,12 @@ class Update:
         """
         self.optimizers.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
+
+
+def _set_activation_checkpointing(model: nn.Module, wanted: bool) -> None:
+    """Apply the option to the model, or say that it cannot be."""
+    switch = getattr(model, "set_activation_checkpointing", None)
+    if switch is not None:
+        switch(wanted)
+    elif wanted:
+        raise ConfigError(f"training.activation_checkpointing: {type(model).__name__} has none")

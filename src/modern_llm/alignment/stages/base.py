@@ -25,16 +25,25 @@ from modern_llm.data.templates import TEMPLATE_HASH
 from modern_llm.data.tokenizer import Tokenizer
 from modern_llm.errors import ProtectedPathError
 from modern_llm.evaluation.scores import Result, split_results
-from modern_llm.models import ModernDecoderLM
+from modern_llm.models import ModernDecoderLM, VerifierModel
+from modern_llm.models.cost import Cost
 from modern_llm.registry import Registry
 from modern_llm.runtime.artifacts import write_json
 from modern_llm.runtime.devices import check_precision, resolve_device, set_threads
 from modern_llm.runtime.environment import environment, utc_now
 from modern_llm.runtime.logs import get_logger
-from modern_llm.training.checkpoint import Checkpoint, load_model_weights, read_checkpoint
+from modern_llm.training.checkpoint import (
+    WEIGHTS,
+    Checkpoint,
+    load_model_weights,
+    read_checkpoint,
+)
 from modern_llm.training.handover import model_config, read_tokenizer
 from modern_llm.training.objectives import Objective
 from modern_llm.training.records import FirstLoss, FitResult
+from modern_llm.training.run_file import write_run_file
+from modern_llm.training.startup import startup_facts, tell_startup
+from modern_llm.training.throughput import Work
 from modern_llm.training.trainer import Trainer
 from modern_llm.training.validation import mean_loss
 
@@ -246,19 +255,33 @@ class TrainedStage(Stage):
             "parent": parent and {key: parent[key] for key in ("stage", "sha256")},
         }
 
+    def cost_of(self, model: nn.Module) -> Cost:
+        """Parameters and FLOPs of a decoder or a verifier at the stage's length of rows."""
+        assert isinstance(model, ModernDecoderLM | VerifierModel)
+        return model.cost(self.section.training.seq_len)
+
+    def inference(self, model: Any) -> dict[str, Any] | None:
+        """How fast the trained model generates, for a stage that measures it."""
+        return None
+
     def execute(self) -> None:
         """Train, score, and write ``result.json`` last."""
         training = self.section.training
         set_threads(training.threads)
         model = self.build_model()
         audit = self.audit()
-        cost = decoder_of(model).cost(training.seq_len)
+        cost, loader = self.cost_of(model), self.loader()
+        startup = startup_facts(
+            model, self.config.model, cost, training,
+            steps_per_pass=loader.steps_per_epoch, device=self.device,
+        )  # fmt: skip
+        tell_startup(self.name, startup)
         trainer = Trainer(
-            model, self.objective(), self.loader(), training,
+            model, self.objective(), loader, training,
             folder=self.folder, tokenizer_json=self.tokenizer.to_json(),
             checkpoint_meta=self.checkpoint_meta(), evaluate=self.evaluate, sample=self.sample,
-            flops_per_token=cost.flops_per_token_training, first_loss=self.first_loss(),
-            allow_data_change=self.allow_data_change,
+            work=Work.of(cost), first_loss=self.first_loss(),
+            startup=startup, allow_data_change=self.allow_data_change,
         )  # fmt: skip
         fit = trainer.fit()
         scores, missing = split_results(self.scores(model.eval()))
@@ -272,35 +295,33 @@ class TrainedStage(Stage):
         missing: list[dict[str, Any]],
         audit: dict[str, Any] | None,
     ) -> None:
-        """Write ``result.json``, the stage's last word."""
-        training = self.section.training
-        decoder = decoder_of(model)
-        cost = decoder.cost(training.seq_len)
-        facts = asdict(fit)
-        write_json(
-            self.folder / "result.json",
-            {
-                "format": 1,
-                "stage": self.name,
-                "status": "finished",
-                "checkpoint": {"path": facts.pop("checkpoint"), "sha256": facts.pop("sha256")},
-                "training": facts,
-                "data": self.data_records(),
-                "parent": self.parent_record(),
-                "scores": scores,
-                "audit": audit,
-                "not_evaluated": missing,
-                "model": {
-                    "params": sum(p.numel() for p in model.parameters()),
-                    "active_params": cost.active_params,
-                    "flops_per_token": cost.flops_per_token_training,
-                    "summary": decoder.config.short_name,
-                },
-                "provenance": self.provenance(seed=training.seed, restarts=fit.restarts),
+        """Write ``run.json``, and ``result.json``, the stage's last word."""
+        cost, facts = self.cost_of(model), asdict(fit)
+        checkpoint = {"path": facts.pop("checkpoint"), "sha256": facts.pop("sha256")}
+        result = {
+            "stage": self.name,
+            "status": "finished",
+            "checkpoint": checkpoint,
+            "training": facts,
+            "data": self.data_records(),
+            "parent": self.parent_record(),
+            "scores": scores,
+            "inference": self.inference(model),
+            "audit": audit,
+            "not_evaluated": missing,
+            "model": {
+                "params": sum(p.numel() for p in model.parameters()),
+                "active_params": cost.active_params,
+                "bytes": (fit.checkpoint / WEIGHTS).stat().st_size,
+                "flops_per_token": cost.flops_per_token_training,
+                "summary": decoder_of(model).config.short_name,
             },
-            on_exists="skip",
-        )
-        log.info("%s: finished at step %d, %s", self.name, fit.steps, self.folder / "result.json")
+            "provenance": self.provenance(seed=self.section.training.seed, restarts=fit.restarts),
+        }
+        write_run_file(self.folder, config=self.config.model_dump(mode="json"), summary=result)
+        path = self.folder / "result.json"
+        write_json(path, {"format": 1, **result}, on_exists="skip")
+        log.info("%s: finished at step %d, %s", self.name, fit.steps, path)
 
 
 def decoder_of(model: nn.Module) -> ModernDecoderLM:

@@ -2,9 +2,12 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import nn
 
 from modern_llm.alignment.stages.base import STAGES, TrainedStage
@@ -14,6 +17,7 @@ from modern_llm.data.loader import TextLoader
 from modern_llm.data.pretraining import new_tokenizer, training_stores, validation_store
 from modern_llm.data.store import TokenStore
 from modern_llm.data.tokenizer import Tokenizer
+from modern_llm.evaluation.speed import MIN_CONTEXT, measure_speed
 from modern_llm.models import ModernDecoderLM
 from modern_llm.runtime.seeding import derive_seed, seed_everything
 from modern_llm.training.checkpoint import TOKENIZER
@@ -98,3 +102,11 @@ class PretrainStage(TrainedStage):
         return FirstLoss(
             math.log(vocab_size), FIRST_LOSS_TOLERANCE, f"ln V of a vocabulary of {vocab_size}"
         )
+
+    def inference(self, model: ModernDecoderLM) -> dict[str, Any] | None:
+        """Speed of the model as it was trained, in the precision of training, not compiled."""
+        training = self.section.training
+        if self.config.model.max_seq_len < MIN_CONTEXT:
+            return None
+        with torch.compiler.set_stance("force_eager") if training.compile else nullcontext():
+            return asdict(measure_speed(model, precision=training.precision))

@@ -59,6 +59,7 @@ class VerifierObjective:
     """
 
     unit = "token"
+    likelihood = False
 
     def __init__(self, lm_coef: float) -> None:
         self.lm_coef = lm_coef
@@ -66,6 +67,10 @@ class VerifierObjective:
     def units(self, batch: AnswerBatch) -> int:
         """Number of answer tokens, EOS included."""
         return int(batch.answer_BT.sum())
+
+    def scored(self, batch: AnswerBatch) -> int:
+        """The same: the head computes at answers only."""
+        return self.units(batch)
 
     def __call__(self, model: nn.Module, batch: AnswerBatch) -> Terms:
         """Sums over answer tokens of the correctness loss and the weighted LM loss."""
