@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 
 from modern_llm.cli.arguments import add_policy
-from modern_llm.config import list_studies, load_study
+from modern_llm.config import check_run_name, list_studies, load_study
 from modern_llm.config.loading import value_of
 from modern_llm.config.study import MODES
 from modern_llm.errors import ConfigError
@@ -50,8 +50,6 @@ def study(args: argparse.Namespace) -> int:
         args.study, mode=args.mode, **given,
         overrides={field: value_of(text) for field, _, text in pairs},
     )  # fmt: skip
-    if args.jobs is not None and args.jobs < 1:
-        raise ConfigError(f"--jobs {args.jobs}: at least 1")
     from modern_llm.experiments.study import Study
 
     command = shlex.join(["modern-llm", *args.command])
@@ -62,8 +60,12 @@ def study(args: argparse.Namespace) -> int:
 
 
 def _seeds(text: str) -> list[int]:
-    """``0,1,2`` as numbers; argparse tells a ``ValueError``."""
-    return [int(part) for part in text.split(",")]
+    """``0,1,2`` as numbers."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        way_out = "write numbers with commas between, such as 0,1,2"
+        raise argparse.ArgumentTypeError(f"{text!r}: {way_out}") from None
 
 
 def _show(folder: Path | None, left_out: tuple[str, ...]) -> int:
@@ -97,6 +99,10 @@ def compare(args: argparse.Namespace) -> int:
         raise ConfigError("give names of experiments, or --latest N, one of them")
     if args.latest is not None and args.latest < 2:
         raise ConfigError(f"--latest {args.latest}: a comparison needs two or more")
+    try:
+        check_run_name(args.name)
+    except ValueError as error:
+        raise ConfigError(f"--name: {error}") from None
     from modern_llm.experiments.compare import comparison_record
     from modern_llm.experiments.results import load_results
     from modern_llm.reporting.comparison import write_comparison

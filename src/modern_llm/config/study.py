@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -50,13 +50,6 @@ class StudyConfig(Schema):
     def _check_name(cls, name: str) -> str:
         return check_run_name(name)
 
-    @field_validator("arms")
-    @classmethod
-    def _check_arms(cls, arms: dict[str, Any]) -> dict[str, Any]:
-        for name in arms:
-            check_run_name(name)
-        return arms
-
     @field_validator("seeds")
     @classmethod
     def _check_seeds(cls, seeds: list[int]) -> list[int]:
@@ -68,6 +61,8 @@ class StudyConfig(Schema):
     def _check_together(self) -> Self:
         if bool(self.arms) == bool(self.grid):
             raise ValueError("give arms or grid, one of them")
+        if bad := _bad_names(self.changes()):
+            raise ValueError("\n".join(bad))
         if self.hold == "seconds" and not self.speed_rounds:
             raise ValueError("hold=seconds needs speed_rounds of 1 or more: the speed decides it")
         if self.reference is not None and self.reference not in self.changes():
@@ -85,6 +80,17 @@ class StudyConfig(Schema):
             for values in itertools.product(*self.grid.values())
         ]
         return {_grid_name(row): row for row in rows}
+
+
+def _bad_names(names: Iterable[str]) -> list[str]:
+    """What is wrong with names of arms, those of a grid included: each becomes a folder's."""
+    problems = []
+    for name in names:
+        try:
+            check_run_name(name)
+        except ValueError as error:
+            problems.append(str(error))
+    return problems
 
 
 def _grid_name(row: Mapping[str, Any]) -> str:
@@ -114,6 +120,8 @@ def load_study(name_or_path: str, *, mode: str = "", **changes: Any) -> StudyCon
     if mode == "demo":
         if demo is None:
             raise ConfigError(f"{path.name} has no section 'demo': give --mode full")
+        if not isinstance(demo, dict):
+            raise ConfigError(f"{path.name}: demo={demo!r} should be a section")
         raw = merge(raw, {"name": f"{raw['name']}-demo", **demo})
     try:
         return StudyConfig.model_validate(merge(raw, changes))

@@ -1,7 +1,8 @@
 """Cells of a sweep: one training each, in a process of its own, several at once.
 
-A cell is the pretrain stage of one config. Its folder is named after the config's hash, so what is
-finished is found again, what was stopped goes on, and another config never meets its files.
+A cell is the pretrain stage of one config on one text. Its folder is named after the hash of both,
+so what is finished is found again, what was stopped goes on, and another config or text never meets
+its files.
 """
 
 import os
@@ -19,14 +20,15 @@ from typing import IO
 import torch
 
 from modern_llm.config import PipelineConfig
-from modern_llm.errors import StoppedBySignal
-from modern_llm.runtime.artifacts import write_json
+from modern_llm.errors import ConfigError, StoppedBySignal
+from modern_llm.runtime.artifacts import sha256_json, write_json
 from modern_llm.runtime.logs import get_logger
 from modern_llm.runtime.signals import StopSignal
 
 log = get_logger(__name__)
 POLL_S = 0.05
 TOLD_LINES = 12  # of a cell that failed
+READ_S = 5.0  # at most, for its last lines: a process that it left may keep the pipe open
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,16 +39,18 @@ class Cell:
         label: as the console names it.
         config: of the run; ``config.paths.output`` is the folder of all cells.
         plugins: files that register components of the config.
+        text: hash of what it is trained and scored on.
     """
 
     label: str
     config: PipelineConfig
     plugins: tuple[Path, ...] = ()
+    text: str = ""
 
     @cached_property
     def name(self) -> str:
         """Name of the run: the label, and the hash of all that can change a number."""
-        return f"{self.label}-{self.config.sha256()[:10]}"
+        return f"{self.label}-{sha256_json([self.config.sha256(), self.text])[:10]}"
 
     @property
     def folder(self) -> Path:
@@ -60,9 +64,11 @@ class Cell:
 
     def command(self) -> list[str]:
         """The command that trains it, or goes on."""
-        file = self.config.paths.output / "configs" / f"{self.name}.json"
-        config = self.config.model_copy(update={"name": self.name})
-        write_json(file, config.model_dump(mode="json"), on_exists="skip")
+        config = self.config.model_copy(update={"name": self.name}).model_dump(mode="json")
+        # Named after all of it: another place or logging is another file, of the same cell.
+        name = f"{self.name}-{sha256_json(config)[:6]}.json"
+        file = self.config.paths.output / "configs" / name
+        write_json(file, config, on_exists="skip")
         plugins = [word for path in self.plugins for word in ("--plugin", str(path))]
         chosen = ["run", "--stage", "pretrain", "--config", str(file), "--no-report", *plugins]
         return [sys.executable, "-m", "modern_llm", *chosen]
@@ -76,10 +82,17 @@ class _Running:
     slot: int
     process: "subprocess.Popen[str]"
     began: float
+    reader: threading.Thread = field(init=False)
     asked: bool = False  # to save and end
     lines: "deque[str]" = field(default_factory=lambda: deque(maxlen=TOLD_LINES))
 
-    def read(self, stream: IO[str]) -> None:
+    def __post_init__(self) -> None:
+        assert self.process.stderr is not None
+        stream = self.process.stderr
+        self.reader = threading.Thread(target=self._read, args=(stream,), daemon=True)
+        self.reader.start()
+
+    def _read(self, stream: IO[str]) -> None:
         """Keep the last lines of its standard error, so that it never waits for a reader."""
         with stream:
             self.lines.extend(line.rstrip() for line in stream)
@@ -96,7 +109,12 @@ def slots(jobs: int | None, threads: int) -> list[dict[str, str]]:
     Args:
         jobs: how many; default: one a GPU, without a GPU as many as there are cores for.
         threads: of each cell.
+
+    Raises:
+        ConfigError: ``jobs`` is below 1.
     """
+    if jobs is not None and jobs < 1:
+        raise ConfigError(f"jobs={jobs}: at least 1")
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     count = jobs or gpus or max(1, cores() // threads)
     shared = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
@@ -152,11 +170,12 @@ def run_cells(
             _pass_on(running)
             for one in running:
                 one.process.wait()
-    if stop.requested:
-        raise StoppedBySignal(
-            f"{stop.requested}: {len([c for c in cells if c.finished])} of {len(cells)} trainings "
-            "are finished, those under way have saved; the same command goes on from there"
-        )
+        if stop.requested:
+            raise StoppedBySignal(
+                f"{stop.requested}: {len([c for c in cells if c.finished])} of {len(cells)} "
+                "trainings are finished, those under way have saved; the same command goes on "
+                "from there (without --force)"
+            )
     return failed
 
 
@@ -166,10 +185,7 @@ def _start(cell: Cell, slot: int, environment: Mapping[str, str]) -> _Running:
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
         start_new_session=True,  # Ctrl-C reaches this process alone, which then asks once
     )  # fmt: skip
-    assert process.stderr is not None
-    one = _Running(cell, slot, process, time.monotonic())
-    threading.Thread(target=one.read, args=(process.stderr,), daemon=True).start()
-    return one
+    return _Running(cell, slot, process, time.monotonic())
 
 
 def _pass_on(running: Sequence[_Running]) -> None:
@@ -186,6 +202,7 @@ def _conclude(one: _Running, done: int, total: int) -> str:
     if one.cell.finished:
         log.info("%d/%d %s: finished in %.0f s", done, total, one.cell.label, seconds)
         return ""
+    one.reader.join(READ_S)
     code = one.process.returncode
     lines = list(one.lines)
     first = next((i for i, line in enumerate(lines) if line.startswith("error: ")), -1)

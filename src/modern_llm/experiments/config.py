@@ -10,6 +10,18 @@ from typing import Any
 from modern_llm.config import PipelineConfig, check_run_name, load_config
 from modern_llm.config.train_flags import translate
 from modern_llm.errors import ConfigError
+from modern_llm.experiments.matching import cost_of
+from modern_llm.runtime.artifacts import sha256_file
+
+DECIDED = {  # what an experiment decides itself -> how that is said
+    "name": "experiment_name",
+    "seed": "seeds",
+    "training.seed": "seeds",
+    "pretrain.training.seed": "seeds",
+    "training.threads": "threads",
+    "pretrain.training.threads": "threads",
+    "paths.output": "output",
+}
 
 
 @dataclass(frozen=True, init=False)
@@ -26,7 +38,8 @@ class ExperimentConfig:
         seeds: of weights and data order; experiments with the same seeds are compared in pairs.
         threads: of each training on a CPU.
         output: folder of all runs.
-        plugins: files that register components of your own.
+        plugins: files that register components of your own, loaded already
+            (`modern_llm.registry.load_plugin`).
         fields: fields of the model and of its training, by our names or those of other projects:
             ``num_layers=4, position="rope", learning_rate=1e-3, batch_size=16, dataset="..."``.
 
@@ -70,6 +83,8 @@ class ExperimentConfig:
         for name, value in values.items():
             object.__setattr__(self, name, value)
         self._check()
+        if num_epochs is not None and (steps := fields.keys() & {"max_steps", "max_iters"}):
+            raise ConfigError(f"num_epochs and {', '.join(steps)}: give one of them")
 
     def _check(self) -> None:
         try:
@@ -80,7 +95,13 @@ class ExperimentConfig:
             raise ConfigError(f"seeds={list(self.seeds)}: at least one, and each once")
         if self.num_epochs is not None and not 0 < self.num_epochs < math.inf:
             raise ConfigError(f"num_epochs={self.num_epochs} must be above 0")
-        self.pipeline(self.seeds[0])
+        given = [item.partition("=")[0].strip().removeprefix("--") for item in self.overrides]
+        if decided := [field for field in dict.fromkeys(given) if field in DECIDED]:
+            ways = (f"{field}: say it by {DECIDED[field]}" for field in decided)
+            raise ConfigError("\n".join(ways))
+        for seed in self.seeds:
+            config = self.pipeline(seed)
+        cost_of(config.model, 1)
 
     def pipeline(self, seed: int, *, max_steps: int | None = None) -> PipelineConfig:
         """Config of the run of one seed.
@@ -89,7 +110,11 @@ class ExperimentConfig:
             seed: of weights and data order.
             max_steps: in place of what preset and overrides say.
         """
-        own = [f"seed={seed}", f"pretrain.training.threads={self.threads}"]
-        own += [] if max_steps is None else [f"pretrain.training.max_steps={max_steps}"]
+        own = [f"seed={seed}", f"pretrain.training.seed={seed}"]  # a preset may have the second
+        own += [f"pretrain.training.threads={self.threads}"]
+        if max_steps is not None:  # wanted exactly, so a cap on all stages gives way
+            own += [f"pretrain.training.max_steps={max_steps}", "max_steps=null"]
         own += [f"paths.output={json.dumps(str(self.output))}"]
+        plugins = {path.name: sha256_file(path) for path in self.plugins}
+        own += [f"plugins={json.dumps(plugins)}"] if plugins else []
         return load_config(self.preset, [*self.overrides, *own])

@@ -8,13 +8,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from modern_llm.errors import ModernLLMError
 from modern_llm.experiments.cells import Cell, run_cells, slots
 from modern_llm.experiments.config import ExperimentConfig
 from modern_llm.experiments.matching import cost_of
 from modern_llm.experiments.results import NATS_PER_BIT, ExperimentResult, Point, SeedResult
 from modern_llm.experiments.text import Text, prepare_text
-from modern_llm.runtime.artifacts import Policy
+from modern_llm.runtime.artifacts import Policy, sha256_json
+from modern_llm.runtime.signals import stop_at_once
 
 
 class ArchitectureExperiment:
@@ -22,12 +25,15 @@ class ArchitectureExperiment:
 
     Args:
         config: what to train, and from which seeds.
-        jobs: trainings at the same time; default: one a GPU, or one a core.
+        jobs: trainings at the same time; default: one a GPU, or as many as there are cores for.
+
+    Raises:
+        ConfigError: ``jobs`` is below 1.
     """
 
     def __init__(self, config: ExperimentConfig, *, jobs: int | None = None) -> None:
         self.config = config
-        self.jobs = jobs
+        self.environments = slots(jobs, config.threads)
 
     @cached_property
     def text(self) -> Text:
@@ -45,7 +51,7 @@ class ArchitectureExperiment:
         return [
             Cell(
                 f"{config.experiment_name}-seed{seed}", config.pipeline(seed, max_steps=steps),
-                config.plugins,
+                config.plugins, sha256_json(asdict(self.text)),
             )
             for seed in config.seeds
         ]  # fmt: skip
@@ -57,9 +63,10 @@ class ArchitectureExperiment:
             ModernLLMError: no seed has a result; says why each failed.
             StoppedBySignal: a signal came; the same call goes on.
         """
-        assert self.text  # tokenized here, and not by every cell at once
-        failed = run_cells(self.cells, environments=slots(self.jobs, self.config.threads))
-        result = self.collect(failed)
+        with stop_at_once():
+            # The cells' names need the text: it is tokenized here, and not by every cell at once.
+            failed = run_cells(self.cells, environments=self.environments)
+            result = self.collect(failed)
         if not result.seeds:
             raise ModernLLMError(
                 f"{result.name}: no seed has a result\n"
@@ -102,25 +109,24 @@ class ArchitectureExperiment:
         rows = _rows(cell.folder / "metrics.jsonl")
         passes = [row for row in rows if row["kind"] == "eval"]
         loss, units = passes[-1]["loss"], passes[-1]["units"]
-        training, inference = result["training"], result["inference"]
-        seconds, tokens = training["seconds"], training["tokens"]
+        training, inference = result["training"], result["inference"] or {}
         return SeedResult(
             seed=seed,
             run=str(cell.folder.parent),
             sha256=result["checkpoint"]["sha256"],
             steps=training["steps"],
-            tokens=tokens,
+            tokens=training["tokens"],
             final_val_loss=loss,
             bits_per_byte=loss * units / (self.text.validation_bytes * NATS_PER_BIT),
-            train_time_s=seconds,
-            epoch_time_s=seconds / tokens * self.text.train_tokens,
+            train_time_s=training["seconds"],
+            epoch_time_s=training["epoch_s"],
             tokens_per_s=training["tokens_per_s"],
             mfu=training["mfu"],
             peak_memory_mb=training["peak_memory_gb"] * 1000,
             model_size_mb=result["model"]["bytes"] / 1e6,
-            prefill_tokens_per_s=inference["prefill_tokens_per_s"],
-            inference_tokens_per_s=inference["decode_tokens_per_s"],
-            first_token_s=inference["first_token_s"],
+            prefill_tokens_per_s=inference.get("prefill_tokens_per_s"),
+            inference_tokens_per_s=inference.get("decode_tokens_per_s"),
+            first_token_s=inference.get("first_token_s"),
             curve=_curve(rows),
         )
 
@@ -131,11 +137,16 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _curve(rows: list[dict[str, Any]]) -> tuple[Point, ...]:
-    """Every validation pass, with the tokens and seconds of the train row before it."""
-    points, tokens, seconds = [], 0, 0.0
-    trained = {row["step"]: row for row in rows if row["kind"] == "train"}
-    for row in (row for row in rows if row["kind"] == "eval"):
-        if row["step"] in trained:
-            tokens, seconds = (trained[row["step"]][key] for key in ("tokens", "time_s"))
-        points.append(Point(row["step"], tokens, seconds, row["loss"]))
-    return tuple(points)
+    """Every validation pass; tokens and seconds in proportion between two train rows."""
+    trained = [row for row in rows if row["kind"] == "train"]
+    steps, tokens, seconds = (
+        [0, *(row[key] for row in trained)] for key in ("step", "tokens", "time_s")
+    )
+    return tuple(
+        Point(
+            row["step"], round(np.interp(row["step"], steps, tokens)),
+            float(np.interp(row["step"], steps, seconds)), row["loss"],
+        )
+        for row in rows
+        if row["kind"] == "eval"
+    )  # fmt: skip

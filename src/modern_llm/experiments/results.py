@@ -7,11 +7,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from modern_llm.config import check_run_name
 from modern_llm.errors import DataError
+from modern_llm.experiments.text import Text
 from modern_llm.runtime.artifacts import Policy, to_json, write_text
 from modern_llm.runtime.names import standing_siblings
 
 FORMAT = 1
+NEEDED = ("final_val_loss", "bits_per_byte", "tokens")  # numbers without which nothing compares
 NATS_PER_BIT = math.log(2)
 
 
@@ -45,7 +48,8 @@ class SeedResult:
         model_size_mb: of ``model.safetensors``.
         prefill_tokens_per_s: tokens of a prompt.
         inference_tokens_per_s: tokens generated with the cache.
-        first_token_s: until the first generated token.
+        first_token_s: until the first generated token; the three are ``None`` where the context is
+            too short to generate.
         curve: every validation pass.
     """
 
@@ -62,9 +66,9 @@ class SeedResult:
     mfu: float | None
     peak_memory_mb: float
     model_size_mb: float
-    prefill_tokens_per_s: float
-    inference_tokens_per_s: float
-    first_token_s: float
+    prefill_tokens_per_s: float | None
+    inference_tokens_per_s: float | None
+    first_token_s: float | None
     curve: tuple[Point, ...] = ()
 
     @property
@@ -140,7 +144,12 @@ class ExperimentResult:
                 SeedResult(**{**one, "curve": tuple(Point(**point) for point in one["curve"])})
                 for one in value.pop("seeds")
             )
-            return cls(**value, seeds=seeds)
+            result = cls(**value, seeds=seeds)
+            check_run_name(result.name)
+            Text(**result.data)
+            if missing := [name for name in NEEDED for one in seeds if not getattr(one, name) > 0]:
+                raise ValueError(f"no {', '.join(dict.fromkeys(missing))}")
+            return result
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{path} is no result of an experiment: {error}") from None
 

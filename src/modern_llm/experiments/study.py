@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 from modern_llm.config import PipelineConfig, StudyConfig, as_overrides, load_config
-from modern_llm.errors import ConfigError, ModernLLMError
+from modern_llm.errors import ConfigError, DataError, ModernLLMError, StoppedBySignal
 from modern_llm.experiments.cells import Cell, run_cells, slots
 from modern_llm.experiments.compare import comparison_record
 from modern_llm.experiments.config import ExperimentConfig
@@ -18,9 +18,8 @@ from modern_llm.experiments.matching import cost_of, flops_ratio, steps_at, with
 from modern_llm.experiments.results import ExperimentResult
 from modern_llm.reporting.comparison import write_comparison
 from modern_llm.runtime.artifacts import Policy
-from modern_llm.runtime.logs import get_logger
+from modern_llm.runtime.signals import stop_at_once
 
-log = get_logger(__name__)
 SPEED_STEPS = 25  # of a measurement of speed; the first is left out
 
 
@@ -50,7 +49,8 @@ class Study:
         plugins: files that register components.
 
     Raises:
-        ConfigError: every arm that cannot be, unless it is of a grid, where it is left out.
+        ConfigError: every arm that cannot be, unless it is of a grid, where it is left out; or
+            ``jobs`` is below 1.
     """
 
     def __init__(
@@ -63,7 +63,8 @@ class Study:
     ) -> None:
         self.config = config
         self.folder = output / config.name
-        self.jobs, self.plugins = jobs, tuple(plugins)
+        self.plugins = tuple(plugins)
+        self.environments = slots(jobs, config.threads)
         self.left_out: list[str] = []
         self._overrides = self._legal_arms()
 
@@ -79,6 +80,7 @@ class Study:
 
     def _legal_arms(self) -> dict[str, list[str]]:
         """Overrides of every arm whose config is legal."""
+        load_config(self.config.base)  # what is wrong there is told once, not for every arm
         legal, problems = dict[str, list[str]](), list[str]()
         for name, changes in self.config.changes().items():
             overrides = as_overrides({**self.config.overrides, **changes})
@@ -101,18 +103,31 @@ class Study:
 
     @cached_property
     def experiments(self) -> dict[str, ArchitectureExperiment]:
-        """Every arm, with what is held equal put right."""
+        """Every arm that has its text, with what is held equal put right.
+
+        Raises:
+            ModernLLMError: no arm is left; what is wrong with the first.
+        """
         speeds = self.speeds if self.config.hold == "seconds" else {}
-        found = dict[str, ArchitectureExperiment]()
+        found, problems = dict[str, ArchitectureExperiment](), list[ModernLLMError]()
         for name in self._overrides:
+            if self.config.hold == "seconds" and name not in speeds:
+                continue  # told where it was measured
             try:
-                overrides = self._on_equal_terms(name, speeds)
+                experiment = self._experiment(name, self._on_equal_terms(name, speeds))
+                experiment.cells  # noqa: B018 - tokenized here, and not by every cell at once
             except ConfigError as error:
                 if not self.config.grid:
                     raise
+                problems.append(error)
+                self.left_out.append(f"{name}: {error}")
+            except DataError as error:
+                problems.append(error)
                 self.left_out.append(f"{name}: {error}")
             else:
-                found[name] = self._experiment(name, overrides)
+                found[name] = experiment
+        if problems and not found:
+            raise problems[0]
         return found
 
     def _on_equal_terms(self, name: str, speeds: Mapping[str, float]) -> list[str]:
@@ -128,36 +143,54 @@ class Study:
         elif self.config.hold == "seconds":
             ratio = speeds[name] / speeds[self.reference]
         steps = steps_at(config, reference, ratio=ratio)
-        return [*overrides, f"pretrain.training.max_steps={steps}"]
+        # Equal terms go before a cap on all stages, which the reference's steps are under already.
+        return [*overrides, f"pretrain.training.max_steps={steps}", "max_steps=null"]
 
     def _experiment(self, name: str, overrides: Sequence[str]) -> ArchitectureExperiment:
         config = ExperimentConfig(
             name, preset=self.config.base, overrides=overrides, seeds=self.config.seeds,
             threads=self.config.threads, output=self.folder / "cells", plugins=self.plugins,
         )  # fmt: skip
-        return ArchitectureExperiment(config, jobs=self.jobs)
+        return ArchitectureExperiment(config)
 
     @cached_property
     def speeds(self) -> dict[str, float]:
-        """Tokens a second of every arm, trained alone: the median of rounds that take turns."""
+        """Tokens a second of every arm, trained alone: the median of rounds that take turns.
+
+        An arm whose speed cannot be measured is left out.
+
+        Raises:
+            ModernLLMError: the seconds of the reference are to be held, and it has no speed.
+        """
         measured: dict[str, list[float]] = {name: [] for name in self._overrides}
         for turn in range(self.config.speed_rounds):
-            for name in self._overrides:
-                steps = [f"pretrain.training.max_steps={SPEED_STEPS}", "pretrain.training.warmup=0"]
-                experiment = ArchitectureExperiment(
-                    ExperimentConfig(
-                        f"speed-{name}", preset=self.config.base,
-                        overrides=[*self._overrides[name], *steps], seeds=[turn],
-                        threads=self.config.threads, output=self.folder / "speed",
-                        plugins=self.plugins,
-                    )
-                )  # fmt: skip
-                failed = run_cells(experiment.cells, environments=slots(1, self.config.threads))
-                result = experiment.collect(failed)
-                if not result.seeds:
-                    raise ModernLLMError(f"speed of {name}: {'; '.join(result.failed.values())}")
-                measured[name].append(result.seeds[0].tokens_per_s)
+            for name in list(measured):
+                try:
+                    measured[name].append(self._speed(name, turn))
+                except StoppedBySignal:
+                    raise
+                except ModernLLMError as error:
+                    if self.config.hold == "seconds" and name == self.reference:
+                        raise
+                    self.left_out.append(str(error))
+                    del measured[name]
         return {name: median(values) for name, values in measured.items()}
+
+    def _speed(self, name: str, turn: int) -> float:
+        """Tokens a second of an arm in one round."""
+        steps = [f"pretrain.training.max_steps={SPEED_STEPS}", "pretrain.training.warmup=0"]
+        experiment = ArchitectureExperiment(
+            ExperimentConfig(
+                f"speed-{name}", preset=self.config.base,
+                overrides=[*self._overrides[name], *steps, "max_steps=null"], seeds=[turn],
+                threads=self.config.threads, output=self.folder / "speed", plugins=self.plugins,
+            )
+        )  # fmt: skip
+        failed = run_cells(experiment.cells, environments=self.environments[:1])
+        result = experiment.collect(failed)
+        if not result.seeds:
+            raise ModernLLMError(f"speed of {name}: {'; '.join(result.failed.values())}")
+        return result.seeds[0].tokens_per_s
 
     def run(
         self, *, command: str = "", on_exists: Policy = "timestamp", metric: str = "final_val_loss"
@@ -172,17 +205,20 @@ class Study:
         Raises:
             StoppedBySignal: a signal came; the same call goes on.
             ConfigError: the arms do not compare.
+            DataError: no arm has its text.
         """
+        with stop_at_once():
+            return self._run(command=command, on_exists=on_exists, metric=metric)
+
+    def _run(self, *, command: str, on_exists: Policy, metric: str) -> Outcome:
         begin = time.monotonic()
         experiments = self.experiments
-        for experiment in experiments.values():
-            assert experiment.text  # tokenized here, and not by every cell at once
         # All arms of one seed come before the next seed: what is there early can be compared.
         turns = zip(*(experiment.cells for experiment in experiments.values()), strict=True)
         cells: list[Cell] = [cell for turn in turns for cell in turn]
         budget = self.config.budget_s
         failed = run_cells(
-            cells, environments=slots(self.jobs, self.config.threads),
+            cells, environments=self.environments,
             until=None if budget is None else begin + budget,
         )  # fmt: skip
         results = list[ExperimentResult]()

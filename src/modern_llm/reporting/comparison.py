@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -200,8 +201,7 @@ def _costs(record: dict[str, Any], pictures: list[str]) -> list[str]:
 def _method(record: dict[str, Any]) -> list[str]:
     equal = [HOLD[name] for name, same in record["equal"].items() if same]
     differ = [HOLD[name] for name, same in record["equal"].items() if not same]
-    first = record["experiments"][0]
-    hardware, data = first["hardware"], first["data"]
+    data = record["experiments"][0]["data"]
     seeds = sorted({one["seed"] for e in record["experiments"] for one in e["seeds"]})
     tests = sorted({row["test"] for row in record["rows"]} - {"none"})
     asked = f" (asked for: {HOLD[record['hold']]})" if record["hold"] else ""
@@ -209,21 +209,64 @@ def _method(record: dict[str, Any]) -> list[str]:
         f"Equal within 1 % for all{asked}: {', '.join(equal) or 'nothing'}. "
         f"Not equal: {', '.join(differ) or 'nothing'}.",
         f"Seeds {', '.join(map(str, seeds))}: a seed decides the first weights and the order of "
-        "the data, the same order for every experiment, so that runs are compared in pairs.",
+        f"the data; {_pairs(record['experiments'])}.",
         f"Test: {', '.join(tests) or 'none, for want of a second seed'}; intervals are 95 %, from "
-        "Student's t.",
+        "Student's t, each for itself.",
         "Validation is one pass over the whole split after the last step: "
-        f"{data['validation_bytes']:,} bytes, sha256 {code(data['validation_sha256'][:12])}. "
-        f"Training text: {data['train_tokens']:,} tokens a pass, sha256 "
-        f"{code(data['train_sha256'][:12])}; tokenizer {code(data['tokenizer_sha256'][:12])}.",
-        f"Hardware: {escape(str(hardware.get('cpu')))}, {hardware.get('threads')} thread(s) a "
-        f"training{''.join(', ' + escape(gpu) for gpu in hardware.get('gpus', ()))}; torch "
-        f"{escape(str(record['versions'].get('torch')))}.",
+        f"{data['validation_bytes']:,} bytes, sha256 {code(data['validation_sha256'][:12])}.",
+        *_of_each(record["experiments"], "Training text", _training_text),
+        *_of_each(record["experiments"], "Hardware", _hardware),
+        f"Compared with torch {escape(str(record['versions'].get('torch')))}.",
     ]
     parts = ["## Method", "\n".join(f"- {fact}" for fact in facts)]
     if command := record["facts"].get("command"):
         parts.append(f"Run it again: {code(command)}")
     return parts
+
+
+def _pairs(experiments: list[dict[str, Any]]) -> str:
+    """Whether runs of one seed saw the same batches' text in the same order."""
+    orders = {
+        (
+            experiment["data"]["train_sha256"],
+            experiment["data"]["tokenizer_sha256"],
+            experiment["config"]["pretrain"]["training"]["seq_len"],
+        )
+        for experiment in experiments
+    }
+    if len(orders) > 1:
+        return (
+            "runs are compared in pairs by seed, but text, tokenizer or length of rows differ, and "
+            "with them what a pair has in common"
+        )
+    return "the same order for every experiment, so that runs are compared in pairs"
+
+
+def _of_each(
+    experiments: list[dict[str, Any]], what: str, told: Callable[[dict[str, Any]], str]
+) -> list[str]:
+    """One line when all experiments agree, else one for each group that does."""
+    groups: dict[str, list[str]] = {}
+    for experiment in experiments:
+        groups.setdefault(told(experiment), []).append(code(experiment["name"]))
+    if len(groups) == 1:
+        return [f"{what}: {text}." for text in groups]
+    return [f"{what} of {', '.join(names)}: {text}." for text, names in groups.items()]
+
+
+def _training_text(experiment: dict[str, Any]) -> str:
+    data = experiment["data"]
+    return (
+        f"{data['train_tokens']:,} tokens a pass, sha256 {code(data['train_sha256'][:12])}; "
+        f"tokenizer {code(data['tokenizer_sha256'][:12])}"
+    )
+
+
+def _hardware(experiment: dict[str, Any]) -> str:
+    hardware = experiment["hardware"]
+    gpus = "".join(f", {escape(gpu)}" for gpu in hardware.get("gpus", ()))
+    cpu = escape(str(hardware.get("cpu")))
+    return f"{cpu}, {hardware.get('threads')} thread(s) a training{gpus}"
 
 
 def _failures(record: dict[str, Any]) -> list[str]:
