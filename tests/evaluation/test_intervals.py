@@ -3,7 +3,13 @@ import math
 import numpy as np
 import pytest
 
-from modern_llm.evaluation.intervals import bootstrap, bootstrap_mean, share_interval, wilson
+from modern_llm.evaluation.intervals import (
+    bootstrap,
+    bootstrap_mean,
+    crossed_means,
+    share_interval,
+    wilson,
+)
 
 
 def test_wilson_published_values() -> None:
@@ -82,3 +88,14 @@ def test_share_interval_of_units_of_different_weight() -> None:
     assert share_interval([3, 1], [3, 1]) == wilson(2, 2)  # a trial for each unit
     assert share_interval([0, 0], [3, 1]) == wilson(0, 2)
     assert share_interval([1], [2]) is None
+
+
+def test_crossed_means_vary_as_both_factors_do() -> None:
+    """Of values a_s + b_n the resampled mean has variance var(a) / S + var(b) / N."""
+    rng = np.random.default_rng(0)
+    a_S, b_N = rng.normal(size=5), 3 * rng.normal(size=40)
+    means = crossed_means((a_S[:, None] + b_N)[:, :, None], resamples=20_000)[:, 0]
+    assert means.mean() == pytest.approx(a_S.mean() + b_N.mean(), abs=0.02)
+    assert means.var() == pytest.approx(a_S.var() / 5 + b_N.var() / 40, rel=0.03)
+    alone = crossed_means(b_N[None, :, None], resamples=20_000)[:, 0]
+    assert alone.var() == pytest.approx(b_N.var() / 40, rel=0.03), "one seed adds no spread"
