@@ -149,6 +149,44 @@ def cli() -> Callable[..., "subprocess.CompletedProcess[str]"]:
     return call
 
 
+@pytest.fixture(scope="session")
+def make_result() -> Callable[..., Any]:
+    """Result of an experiment without training: ``make_result("wide", {0: 3.1, 1: 3.2})``.
+
+    Its keywords replace fields of every seed, of ``data``, or of the result.
+    """
+    from dataclasses import fields
+
+    from modern_llm.experiments.results import ExperimentResult, Point, SeedResult
+
+    data = {"train_tokens": 5000, "train_sha256": "a" * 64, "validation_bytes": 1700}
+    data |= {"validation_sha256": "b" * 64, "tokenizer_sha256": "c" * 64}
+
+    def seed_result(seed: int, loss: float, changes: dict[str, Any]) -> SeedResult:
+        curve = tuple(Point(step, 128 * step, 0.5 * step, loss + 1 / (step + 1)) for step in (0, 5))
+        own: dict[str, Any] = {"seed": seed, "run": f"runs/seed{seed}", "sha256": f"{seed:064d}"}
+        own |= {"steps": 10, "tokens": 1280, "final_val_loss": loss, "bits_per_byte": loss / 2}
+        own |= {"train_time_s": 5.0, "epoch_time_s": 20.0, "tokens_per_s": 256.0 + seed}
+        own |= {"mfu": None, "peak_memory_mb": 300.0, "model_size_mb": 0.4}
+        own |= {"prefill_tokens_per_s": 900.0, "inference_tokens_per_s": 90.0}
+        own |= {"first_token_s": 0.01, "curve": (*curve, Point(10, 1280, 5.0, loss))}
+        return SeedResult(**(own | changes))
+
+    def make(name: str, losses: Mapping[int, float], **changes: Any) -> ExperimentResult:
+        of_seeds = {field.name for field in fields(SeedResult)}
+        own: dict[str, Any] = {"name": name, "summary": "1L-2H-16D", "params": 9000}
+        own |= {"active_params": 9000, "flops_per_token": 54_000.0, "failed": {}}
+        own["hardware"] = {"cpu": "a CPU", "threads": 1, "gpus": []}
+        own["config"] = {"pretrain": {"training": {"seq_len": 32}}}
+        own["data"] = data | {key: changes[key] for key in data if key in changes}
+        each = {key: value for key, value in changes.items() if key in of_seeds}
+        own["seeds"] = tuple(seed_result(seed, loss, each) for seed, loss in losses.items())
+        rest = {key: value for key, value in changes.items() if key not in {*each, *data}}
+        return ExperimentResult(**(own | rest))
+
+    return make
+
+
 @pytest.fixture
 def make_disk(tmp_path: Path) -> Iterator[Callable[..., Path]]:
     """Mount a disk of its own, ``make_disk(kb=100)`` or ``make_disk(read_only=True)``, or skip."""
