@@ -2,12 +2,7 @@
 
 import json
 import math
-import os
 import shutil
-import signal
-import sys
-import threading
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,10 +13,10 @@ import pytest
 import torch
 
 from modern_llm.cli import main
-from modern_llm.config import ModelConfig, SourceConfig, load_config
+from modern_llm.config import ModelConfig, PipelineConfig, load_config
 from modern_llm.data.tokenizer import Tokenizer, build_tokenizer
-from modern_llm.errors import CheckpointError, ConfigError, DataError, StoppedBySignal
-from modern_llm.experiments.sinks import training
+from modern_llm.errors import CheckpointError, ConfigError, DataError, ModernLLMError
+from modern_llm.experiments import cells
 from modern_llm.experiments.sinks.arms import Arm, arms_of, check_model, kind_of, stretched
 from modern_llm.experiments.sinks.scores import bin_edges, bin_means, by_context, summary
 from modern_llm.experiments.sinks.stream import (
@@ -30,11 +25,9 @@ from modern_llm.experiments.sinks.stream import (
     compose,
     position_nats,
 )
-from modern_llm.experiments.sinks.study import Study, run_study
-from modern_llm.experiments.sinks.training import cell_of
+from modern_llm.experiments.sinks.study import Study, cell_of, run_study
 from modern_llm.models import ModernDecoderLM
 from modern_llm.models.generate import Sampling
-from modern_llm.runtime.signals import stop_at_once
 from modern_llm.training.checkpoint import read_checkpoint, write_checkpoint
 
 CONTEXT, WINDOW, SINKS, LENGTH = 8, 5, 2, 40
@@ -373,7 +366,7 @@ def test_the_result_has_every_arm(study: Study) -> None:
 
 def test_only_the_attention_differs_between_the_models(study: Study) -> None:
     full, window, learned = (
-        cell_of(study.config, kind, 0) for kind in ("full", "window", "window-learned")
+        cell_of(study, kind, 0, text="").config for kind in ("full", "window", "window-learned")
     )
     assert full.model.window is None and window.model.window == 8
     assert learned.model.sink == "learned" and window.model.sink == "none"
@@ -381,8 +374,9 @@ def test_only_the_attention_differs_between_the_models(study: Study) -> None:
         same = {"attention", "window", "sink"}
         assert cell.model.model_dump(exclude=same) == full.model.model_dump(exclude=same)
         assert cell.pretrain == full.pretrain
-    other = cell_of(study.config, "full", 7)
-    assert other.pretrain.training.seed == 7 and other.name != full.name
+    other = cell_of(study, "full", 7, text="")
+    assert other.config.pretrain.training.seed == 7
+    assert other.name != cell_of(study, "full", 0, text="").name
 
 
 def test_the_same_study_again_changes_no_file(
@@ -392,7 +386,7 @@ def test_the_same_study_again_changes_no_file(
         return {p: p.stat().st_mtime_ns for p in study.folder.parent.parent.rglob("*.[jm][sd]*")}
 
     before = state()
-    monkeypatch.setattr(training, "subprocess", None)  # nothing is trained again
+    monkeypatch.setattr(cells, "subprocess", None)  # nothing is trained again
     assert run_study(study) == (
         study.folder / "result.json",
         study.config.paths.report / "tiny_report.md",
@@ -461,7 +455,7 @@ def test_checkpoints_of_one_kind_are_its_seeds(study: Study, tmp_path: Path) -> 
 def test_numbers_that_do_not_fit_are_told_before_training(
     study: Study, changes: Any, error: Any, told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "subprocess", None)
+    monkeypatch.setattr(cells, "subprocess", None)
     with pytest.raises(error) as caught:
         run_study(replace(study, **changes))
     assert told in str(caught.value)
@@ -515,46 +509,13 @@ def test_no_overwrite_leaves_a_result_alone(study: Study, capsys: Any) -> None:
     assert run_study(replace(study, on_exists="skip")) is None
 
 
-STUBBORN = """#!{python}
-import pathlib, signal, sys, time
-def save(*_):
-    time.sleep(0.3)
-    pathlib.Path(r"{folder}/saved").touch()
-    sys.exit(75)
-signal.signal(signal.SIGTERM, save)
-pathlib.Path(r"{folder}/started").touch()
-time.sleep(60)
-"""
-
-
-def test_a_stop_waits_until_the_run_has_saved(
-    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    program = tmp_path / "program"
-    program.write_text(STUBBORN.format(python=sys.executable, folder=tmp_path))
-    program.chmod(0o700)
-    monkeypatch.setattr(training.sys, "executable", str(program))
-
-    def stop() -> None:
-        while not (tmp_path / "started").exists():
-            time.sleep(0.02)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    thread = threading.Thread(target=stop)
-    thread.start()
-    with pytest.raises(StoppedBySignal), stop_at_once():
-        training.train(cell_of(study.config, "full", 3), tmp_path / "runs")
-    thread.join()
-    assert (tmp_path / "saved").exists()
-
-
-def test_an_error_of_a_run_is_told_with_its_code(study: Study, tmp_path: Path) -> None:
-    broken = study.config.pretrain.model_copy(
-        update={"data": [SourceConfig(name="text", options={"path": str(tmp_path / "none.txt")})]}
-    )
-    cell = study.config.model_copy(update={"pretrain": broken, "name": "broken"})
-    with pytest.raises(DataError, match="training of broken ended with exit code 3"):
-        training.train(cell, tmp_path)
+def test_a_model_that_cannot_be_trained_is_told(study: Study, tmp_path: Path) -> None:
+    tight = study.config.model_dump(mode="json")
+    tight["pretrain"]["training"]["optimizer"] = {"name": "adamw", "fused": "no"}
+    tight["paths"]["output"] = str(tmp_path)
+    broken = replace(study, config=PipelineConfig.model_validate(tight))
+    with pytest.raises(ModernLLMError, match=r"could be trained\nfull-seed0-\w+: exit code 2"):
+        run_study(broken)
 
 
 def test_the_script_reads_checkpoints(study: Study, cli: Any, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ by the hash of its config, a measured arm by its checkpoint, its texts and what 
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ from torch import Tensor
 from modern_llm.config import ModelConfig, PipelineConfig
 from modern_llm.data.pretraining import new_tokenizer, validation_store
 from modern_llm.data.tokenizer import Tokenizer
-from modern_llm.errors import CheckpointError, ConfigError, DataError
+from modern_llm.errors import CheckpointError, ConfigError, DataError, ModernLLMError
 from modern_llm.evaluation.intervals import Floats
+from modern_llm.experiments.cells import Cell, cores, run_cells, slots
 from modern_llm.experiments.sinks.arms import (
     TRAINED,
     Arm,
@@ -29,7 +30,7 @@ from modern_llm.experiments.sinks.arms import (
 )
 from modern_llm.experiments.sinks.measure import FORMAT, measure
 from modern_llm.experiments.sinks.scores import bin_edges, by_context, differences, summary
-from modern_llm.experiments.sinks.training import cell_of, train
+from modern_llm.experiments.text import prepare_text
 from modern_llm.models import ModernDecoderLM
 from modern_llm.reporting.sinks import write_sinks_report
 from modern_llm.runtime.artifacts import Policy, sha256_json, write_json
@@ -154,23 +155,37 @@ def _check_numbers(study: Study) -> None:
         raise ConfigError("; ".join(problems))
 
 
+def cell_of(study: Study, kind: str, seed: int, *, text: str) -> Cell:
+    """The training of one model: the study's config with the kind's attention, and its seed."""
+    raw: dict[str, Any] = study.config.model_dump(mode="json")
+    raw["model"] |= TRAINED[kind]
+    raw["seed"] = raw["pretrain"]["training"]["seed"] = seed
+    raw["paths"]["output"] = str(study.folder / "runs")
+    config = PipelineConfig.model_validate(raw)
+    return Cell(f"{kind}-seed{seed}", config, study.plugins, text)
+
+
 def _trained(study: Study) -> list[Found]:
     """Each kind with each seed, trained here unless it was; what cannot work is told before."""
     config = study.config
     n_tokens = study.contexts * config.model.max_seq_len
-    cells = [cell_of(config, kind, seed) for kind in TRAINED for seed in study.seeds]
-    for cell in cells:
-        check_model(cell.model, "this config", window=study.window, n_tokens=n_tokens)
+    text = sha256_json(asdict(prepare_text(config)))
+    cells = {
+        seed: [cell_of(study, kind, seed, text=text) for kind in TRAINED] for seed in study.seeds
+    }
+    every = [cell for turn in cells.values() for cell in turn]
+    for cell in every:
+        check_model(cell.config.model, "this config", window=study.window, n_tokens=n_tokens)
     _texts(study, new_tokenizer(config), config.model.max_seq_len)
-    found = []
-    for cell in cells:
-        log.info("%s: %s", study.config.name, cell.name)
-        final = train(
-            cell, study.folder / "runs",
-            plugins=study.plugins, force=study.on_exists == "replace",
-        )  # fmt: skip
-        found.append(Found(read_checkpoint(final), cell.model, study.seeds.index(cell.seed)))
-    return found
+    threads = config.pretrain.training.threads or cores()
+    if failed := run_cells(every, environments=slots(None, threads)):
+        lines = (f"{name}: {why}" for name, why in failed.items())
+        raise ModernLLMError("\n".join(["not every model of the study could be trained", *lines]))
+    return [
+        Found(read_checkpoint(cell.folder / "final"), cell.config.model, study.seeds.index(seed))
+        for seed, turn in cells.items()
+        for cell in turn
+    ]
 
 
 def _given(study: Study) -> list[Found]:
