@@ -164,7 +164,7 @@ def test_each_part_has_its_share(variant: dict) -> None:
     assert parts == pytest.approx(cost.flops_per_token_forward)
 
 
-@pytest.mark.parametrize("kernel", ["manual", "sdpa", "auto"])
+@pytest.mark.parametrize("kernel", COUNTED)
 @pytest.mark.parametrize("preset", list_presets())
 def test_every_preset(preset: str, kernel: str) -> None:
     """On the meta device, where nothing is computed but all products are counted."""
@@ -182,3 +182,15 @@ def test_every_preset(preset: str, kernel: str) -> None:
     assert cost.flops_per_token_forward == pytest.approx(counts[0], rel=0.01)
     assert cost.flops_per_token_training == pytest.approx(sum(counts), rel=0.01)
     assert cost.params == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("position", ["alibi", "rope"])
+def test_a_bias_keeps_the_future_in_the_products(position: str) -> None:
+    """Longer than a block of `blocks`, which leaves the future out where no bias is added."""
+    config = ModelConfig(
+        vocab_size=32, d_model=32, n_layers=1, n_heads=2, max_seq_len=700, position=position,
+        attention_backend="blocks",
+    )  # fmt: skip
+    model = ModernDecoderLM(config)
+    forward, _ = counted(model, 1, 700)
+    assert model.cost(700).flops_per_token_forward == pytest.approx(forward, rel=0.01)

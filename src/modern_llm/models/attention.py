@@ -23,7 +23,7 @@ from modern_llm.models.kv_cache import KVCache, StateCache, StreamingCache
 from modern_llm.models.linear import Linear
 from modern_llm.models.masks import Piece, Window
 from modern_llm.models.norms import NORMS, at_least_float32
-from modern_llm.models.positions import PositionEncoding
+from modern_llm.models.positions import POSITIONS, PositionEncoding
 from modern_llm.registry import Registry
 
 ATTENTIONS = Registry("attention")
@@ -129,6 +129,9 @@ class FullAttention(Attention):
                     f"attention backend '{config.attention_backend}' has no {name}: use one of "
                     f"{able}, or leave out model.{name}"
                 )
+        # With a bias on the logits no kernel leaves the future out: its products count.
+        encoding: type[PositionEncoding] = POSITIONS[config.position.name]
+        self.is_causal = encoding.bias is PositionEncoding.bias
         learned = config.sink == "learned"
         self.sink_N = nn.Parameter(torch.zeros(dims.n_heads)) if learned else None
 
@@ -163,8 +166,9 @@ class FullAttention(Attention):
     def mix_flops(self, seq_len: int) -> float:
         """Every query against ``seq_len`` keys."""
         return self.kernel.flops(
-            self.dims.n_heads, self.dims.head_size, seq_len, sink=self.sink_N is not None
-        )
+            self.dims.n_heads, self.dims.head_size, seq_len, sink=self.sink_N is not None,
+            is_causal=self.is_causal,
+        )  # fmt: skip
 
 
 @ATTENTIONS.register("window")
