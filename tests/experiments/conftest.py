@@ -29,7 +29,8 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         **{"pretrain.training.max_steps": 6, "pretrain.training.batch_size": 4},
         **{"pretrain.training.micro_batch_size": 4, "pretrain.training.warmup": 0},
         **{"pretrain.training.eval_every": 3, "pretrain.training.log_every": 2},
-        **{"training.device": "cpu", "data.cache_dir": str(tmp_path_factory.mktemp("cache"))},
+        **{"training.device": "cpu", "training.precision": "fp32"},
+        **{"data.cache_dir": str(tmp_path_factory.mktemp("cache"))},
     }
 
 
@@ -65,4 +66,4 @@ def no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: Any, **_: Any) -> None:
         raise AssertionError(f"started {arguments}")
 
-    monkeypatch.setattr("modern_llm.experiments.cells.subprocess.Popen", refuse)
+    monkeypatch.setattr("modern_llm.experiments.cells._start", refuse)
