@@ -227,3 +227,23 @@ def test_the_architectures_differ_where_they_say(size: str) -> None:
 
 def test_the_full_gpt2_has_124_million_parameters() -> None:
     assert parameters("gpt2-full") == pytest.approx(124.4e6, rel=0.001)
+
+
+# --- the setting that nanoGPT's README gives for a CPU -------------------------------------------
+
+
+def test_nanogpt_cpu_has_the_size_of_its_model() -> None:
+    """Of nanoGPT's ``model.py`` with bias=False, but for the rows of its 65 characters."""
+    width, layers, context, vocab_size = 128, 4, 64, 261
+    block = 3 * width**2 + width**2 + 2 * 4 * width**2 + 2 * width  # qkv, out, up and down, norms
+    assert parameters("nanogpt-cpu") == (vocab_size + context) * width + layers * block + width
+
+
+def test_speed_is_trained_and_scored_on_the_same_text_and_context() -> None:
+    peer, ours = (get_pipeline_preset(name) for name in ("nanogpt-cpu", "speed"))
+    for config in (peer, ours):
+        assert [source.name for source in config.pretrain.data] == ["tinyshakespeare"]
+        assert config.pretrain.max_validation_rows is None
+        assert config.pretrain.training.seq_len == 64
+    assert (peer.tokenizer, peer.model.vocab_size) == (ours.tokenizer, ours.model.vocab_size)
+    assert ours.pretrain.training.max_steps < peer.pretrain.training.max_steps
