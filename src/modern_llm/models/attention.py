@@ -130,7 +130,7 @@ class FullAttention(Attention):
                     f"{able}, or leave out model.{name}"
                 )
         # With a bias on the logits no kernel leaves the future out: its products count.
-        encoding: type[PositionEncoding] = POSITIONS[config.position.name]
+        encoding: Any = POSITIONS[config.position.name]
         self.is_causal = encoding.bias is PositionEncoding.bias
         learned = config.sink == "learned"
         self.sink_N = nn.Parameter(torch.zeros(dims.n_heads)) if learned else None
