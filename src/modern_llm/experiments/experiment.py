@@ -128,7 +128,14 @@ class ArchitectureExperiment:
             inference_tokens_per_s=inference.get("decode_tokens_per_s"),
             first_token_s=inference.get("first_token_s"),
             curve=_curve(rows),
+            commit=_commit(result["provenance"]),
         )
+
+
+def _commit(provenance: Mapping[str, Any]) -> str | None:
+    """Twelve characters of the commit, and ``+`` for uncommitted changes."""
+    commit: str | None = provenance["git_commit"]
+    return commit and commit[:12] + ("+" if provenance["dirty"] else "")
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

@@ -51,6 +51,8 @@ class SeedResult:
         first_token_s: until the first generated token; the three are ``None`` where the context is
             too short to generate.
         curve: every validation pass.
+        commit: of the code that trained it, with ``+`` where it had uncommitted changes; ``None``
+            where that is not known.
     """
 
     seed: int
@@ -70,6 +72,7 @@ class SeedResult:
     inference_tokens_per_s: float | None
     first_token_s: float | None
     curve: tuple[Point, ...] = ()
+    commit: str | None = None
 
     @property
     def final_val_perplexity(self) -> float:

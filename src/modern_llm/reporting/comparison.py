@@ -202,7 +202,9 @@ def _method(record: dict[str, Any]) -> list[str]:
     equal = [HOLD[name] for name, same in record["equal"].items() if same]
     differ = [HOLD[name] for name, same in record["equal"].items() if not same]
     data = record["experiments"][0]["data"]
-    seeds = sorted({one["seed"] for e in record["experiments"] for one in e["seeds"]})
+    trainings = [one for e in record["experiments"] for one in e["seeds"]]
+    seeds = sorted({one["seed"] for one in trainings})
+    commits = {str(one.get("commit") or "unknown") for one in trainings}
     tests = sorted({row["test"] for row in record["rows"]} - {"none"})
     asked = f" (asked for: {HOLD[record['hold']]})" if record["hold"] else ""
     facts = [
@@ -216,7 +218,8 @@ def _method(record: dict[str, Any]) -> list[str]:
         f"{data['validation_bytes']:,} bytes, sha256 {code(data['validation_sha256'][:12])}.",
         *_of_each(record["experiments"], "Training text", _training_text),
         *_of_each(record["experiments"], "Hardware", _hardware),
-        f"Compared with torch {escape(str(record['versions'].get('torch')))}.",
+        f"Compared with torch {escape(str(record['versions'].get('torch')))}; trained by commit "
+        f"{', '.join(map(code, sorted(commits)))} (+: with uncommitted changes).",
     ]
     parts = ["## Method", "\n".join(f"- {fact}" for fact in facts)]
     if command := record["facts"].get("command"):
