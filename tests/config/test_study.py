@@ -76,6 +76,14 @@ def test_yaml_studies(tmp_path: Path) -> None:
     assert load_study(str(path)).changes() == {"a": {}, "b": {"model.norm": "layernorm"}}
 
 
+def test_a_study_over_another(write_study: Write) -> None:
+    path = write_study(base=None, arms=None, extends="heads", seeds=[7])
+
+    config, below = load_study(str(path)), load_study("heads")
+
+    assert (config.name, config.seeds, config.arms) == ("mine", [7], below.arms)
+
+
 def test_changes_of_a_grid_are_its_product(write_study: Write) -> None:
     path = write_study(arms=None, grid={"model.n_heads": [2, 4], "model.norm": ["rmsnorm"]})
 
@@ -117,6 +125,8 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     ({"grid": {"model.n_heads": [2, 4]}}, ["give arms or grid, one of them"]),
     ({"arms": None}, ["give arms or grid, one of them"]),
     ({"base": None}, ["base: is required"]),
+    ({"extends": "head"}, ["unknown study 'head'", "did you mean 'heads'"]),
+    ({"extends": "components-wikitext2"}, ["extends: unknown field"]),
     ({"base": "local-smok"}, ["unknown preset 'local-smok'", "did you mean 'local-smoke'"]),
     ({"threads": 0}, ["threads=0"]),
     ({"budget_s": 0}, ["budget_s=0"]),

@@ -18,7 +18,7 @@ import pytest
 
 from modern_llm.config import as_overrides, load_config
 from modern_llm.errors import ConfigError, StoppedBySignal
-from modern_llm.experiments.cells import Cell, run_cells, slots
+from modern_llm.experiments.cells import Cell, _Running, run_cells, slots
 
 FINISH = """
 (folder / "result.json").write_text(json.dumps([dict(os.environ), began, time.time()]))
@@ -27,6 +27,7 @@ SAVE_AND_END = """
 def save(number, frame):
     with (folder / "saved").open("a") as file:
         file.write(f"{os.getpid()} ")
+    time.sleep(0.3)
     sys.exit(75)
 signal.signal(signal.SIGTERM, save)
 (folder / "ready").write_text(str(os.getpid()))
@@ -101,6 +102,22 @@ def test_a_cell_that_says_much_neither_hangs_nor_loses_its_last_line(make: Make)
     failed = run_cells(cells, environments=environments(4))
 
     assert set(failed.values()) == {"exit code 1: error: the last line"}
+
+
+def test_the_last_lines_are_waited_for(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process may be gone before its last lines are read."""
+    read = _Running._read
+
+    def slow(one: _Running, stream: Any) -> None:
+        time.sleep(0.4)
+        read(one, stream)
+
+    monkeypatch.setattr(_Running, "_read", slow)
+    cell = make("quick", "sys.exit('error: told late')")
+
+    failed = run_cells([cell], environments=environments(1))
+
+    assert failed == {cell.name: "exit code 1: error: told late"}
 
 
 def test_what_is_finished_is_not_started(make: Make, no_processes: None) -> None:
@@ -191,10 +208,23 @@ def test_a_signal_saves_what_runs_and_the_same_call_goes_on(
     assert all(cell.finished for cell in cells)
 
 
+def test_a_slot_that_is_free_while_others_save_stays_free(
+    make: Make, stop_when: Callable[..., None]
+) -> None:
+    quick = SAVE_AND_END.replace("time.sleep(0.3)", "pass")
+    cells = [make("slow", SAVE_AND_END), make("quick", quick), make("waiting", FINISH)]
+    stop_when(cells[0].folder / "ready", signal.SIGTERM)
+
+    with pytest.raises(StoppedBySignal):
+        run_cells(cells, environments=environments(2))
+
+    assert not cells[2].folder.exists()
+
+
 def test_a_second_ctrl_c_still_ends_the_children(
     make: Make, stop_when: Callable[..., None]
 ) -> None:
-    slow = SAVE_AND_END.replace("sys.exit(75)", "time.sleep(1); sys.exit(75)")
+    slow = SAVE_AND_END.replace("time.sleep(0.3)", "time.sleep(1)")
     cell = make("slow", slow)
     stop_when(cell.folder / "ready", signal.SIGINT, signal.SIGINT)
 

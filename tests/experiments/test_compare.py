@@ -178,7 +178,7 @@ def test_all_is_written_once_and_never_changed(make_result: Make, tmp_path: Path
     results = [make_result("base", BASE), make_result("wide", BETTER)]
     folder = tmp_path / "comparison"
 
-    frame = compare_experiments(results, output=folder)
+    frame = compare_experiments(results, output=str(folder))
     before = contents(tmp_path)
 
     assert {path.split("/")[1] for path in before} == {

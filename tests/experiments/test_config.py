@@ -29,6 +29,18 @@ def test_fields_of_other_projects() -> None:
     assert pipeline.paths.output == Path("elsewhere")
 
 
+def test_texts_are_read_as_on_the_command_line() -> None:
+    config = ExperimentConfig(
+        "x", dataset="shakespeare_char", dtype="bfloat16", window_pattern="SL", window=8,
+        attention="window", d_ff="8/3", position={"name": "rope", "theta": 5},
+    ).pipeline(0)  # fmt: skip
+
+    assert config.pretrain.data[0].name == "tinyshakespeare" and config.tokenizer.name == "char"
+    assert config.pretrain.training.precision == "bf16"
+    assert (config.model.window_pattern, config.model.d_ff) == ("SL", 1024)
+    assert config.model.position.options == {"theta": 5}
+
+
 BAD: list[tuple[dict[str, Any], list[str]]] = [
     ({"num_head": 8}, ["--num_head: no such flag", "did you mean 'num_heads'"]),
     ({"num_heads": 5, "hidden_size": 384}, ["d_model=384 is not a multiple of n_heads=5"]),

@@ -37,7 +37,7 @@ def compare_experiments(
     reference: str | None = None,
     metric: str = "final_val_loss",
     title: str = "comparison",
-    output: Path | None = None,
+    output: Path | str | None = None,
     on_exists: Policy = "timestamp",
 ) -> "pd.DataFrame":
     """A row an experiment, with mean, 95 % interval and n over seeds of every metric.
@@ -64,7 +64,7 @@ def compare_experiments(
 
     record = comparison_record(results, reference=reference, metric=metric, title=title)
     if output is not None:
-        write_comparison(output, record, on_exists=on_exists)
+        write_comparison(Path(output), record, on_exists=on_exists)
     return pd.DataFrame(record["rows"])
 
 

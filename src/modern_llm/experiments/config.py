@@ -69,7 +69,10 @@ class ExperimentConfig:
         plugins: Sequence[Path] = (),
         **fields: Any,
     ) -> None:
-        flags = [f"--{name}={json.dumps(value)}" for name, value in fields.items()]
+        flags = [
+            f"--{name}={value if isinstance(value, str) else json.dumps(value)}"
+            for name, value in fields.items()
+        ]
         values = {
             "experiment_name": experiment_name,
             "preset": preset,
