@@ -145,7 +145,7 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=5, help="seeds")
-    parser.add_argument("--first-seed", type=int, default=20, help="the search used 0 to 10")
+    parser.add_argument("--first-seed", type=int, default=30, help="the search used 0 to 21")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--max-steps", type=int, help="cap the steps, to try the script")
     parser.add_argument("--json", type=Path, help="also write table and runs here")
