@@ -17,7 +17,8 @@ class GatedLoader:
     """The stage's own loader behind the gate."""
 
     def __init__(self, loader: Loader, gate: Gate) -> None:
-        self.loader, self.gate, self.fingerprint = loader, gate, loader.fingerprint
+        self.loader, self.gate = loader, gate
+        self.fingerprint, self.steps_per_epoch = loader.fingerprint, loader.steps_per_epoch
 
     def batches(self, step: int) -> Sequence[Any]:
         self.gate.pass_batch()
