@@ -166,11 +166,14 @@ def test_a_band_has_the_passes_that_all_seeds_have(make_result: Make) -> None:
 
 def test_speeds_measured_apart_stand_in_for_those_of_training(make_result: Make) -> None:
     record = record_of(
-        make_result("base", BASE), make_result("wide", BETTER), facts={"speeds": {"wide": 42.0}}
+        make_result("base", BASE),
+        make_result("wide", BETTER),
+        facts={"speeds": {"wide": {"tokens_per_s": 42.0}}},
     )
 
     base, wide = record["rows"]
     assert wide["tokens_per_s"] == 42.0 and wide["tokens_per_s_low"] is None
+    assert wide["train_time_s"] == pytest.approx(wide["tokens"] / 42)
     assert base["tokens_per_s"] == 257.0 and base["tokens_per_s_low"] < 257.0
 
 

@@ -159,6 +159,41 @@ def test_a_study_holds_what_it_is_asked_to(make_study: Make, tmp_path: Any) -> N
     assert abs(swiglu - plain) <= 0.01 * plain
 
 
+def test_speed_is_that_of_the_arm_that_is_trained(
+    make_study: Make, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With ``hold=params`` that is the arm of the width that was found, not the one asked for."""
+    seen = {}
+
+    def run(cells: Any, **_: Any) -> dict[str, str]:
+        seen.update({cell.label: cell.config.model.d_ff for cell in cells})
+        return {cell.name: "not run here" for cell in cells}
+
+    monkeypatch.setattr("modern_llm.experiments.study.run_cells", run)
+    arms: dict[str, Any] = {"plain": {}, "experts": {"model.moe": {"n_experts": 4, "top_k": 2}}}
+    study = Study(make_study(arms, hold="params", speed_rounds=1), output=tmp_path)
+
+    assert study.speeds == {}
+    trained = {name: e.cells[0].config.model.d_ff for name, e in study.experiments.items()}
+    assert seen == {f"speed-{name}-seed0": width for name, width in trained.items()}
+    assert trained["experts"] < trained["plain"]
+
+
+def test_any_two_arms_of_equal_parameters_are_within_one_percent(
+    make_study: Make, tmp_path: Any
+) -> None:
+    arms: dict[str, Any] = {
+        "plain": {},
+        "swiglu": {"model.ffn": "swiglu"},
+        "untied": {"model.tie_embeddings": False, "model.ffn": "geglu"},
+        "experts": {"model.moe": {"n_experts": 2}},
+    }
+    overrides = {"model.d_model": 64, "model.n_layers": 2, "model.d_ff": 384}
+    study = Study(make_study(arms, overrides=overrides, hold="params"), output=tmp_path)
+    counts = [built_params(e.cells[0].config.model) for e in study.experiments.values()]
+    assert max(counts) - min(counts) <= 0.01 * max(counts)
+
+
 def test_seconds_are_held_by_speed(
     make_study: Make, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,9 +201,9 @@ def test_seconds_are_held_by_speed(
     speeds = {"plain": iter([100.0, 900.0, 110.0]), "slow": iter([1.0, 55.0, 70.0])}
     turns: list[str] = []
 
-    def speed(self: Study, name: str, turn: int) -> float:
+    def speed(self: Study, name: str, turn: int) -> dict[str, float]:
         turns.append(name)
-        return next(speeds[name])
+        return {"tokens_per_s": next(speeds[name])}
 
     monkeypatch.setattr(Study, "_speed", speed)
     config = make_study(

@@ -249,6 +249,18 @@ def test_weights_alone_cannot_be_resumed(tmp_path: Path, make_model: Models) -> 
         read_checkpoint(tmp_path / "final").trainer_state()
 
 
+def test_a_field_that_came_later_is_at_its_default_in_the_checkpoint(
+    folder: Path, make_model: Models
+) -> None:
+    checkpoint = read_checkpoint(folder)
+    for name in ("window_pattern", "softcap", "qk_norm"):
+        del checkpoint.meta["model"][name]
+    load_model_weights(make_model(), checkpoint)
+    capped = make_model(softcap=5.0)  # has the same tensors
+    with pytest.raises(CheckpointError, match=r"model.softcap is None there and 5.0 here"):
+        load_model_weights(capped, checkpoint)
+
+
 def test_another_architecture_lists_fields_and_tensors(folder: Path, make_model: Models) -> None:
     checkpoint = read_checkpoint(folder)
     with pytest.raises(CheckpointError) as told:

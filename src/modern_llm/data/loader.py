@@ -5,6 +5,7 @@ whatever the number of ranks, and rank r of W takes every W-th of them. There is
 resumed run goes on where it stopped without anything to save.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Generic, Protocol, TypeVar, overload
 
@@ -81,7 +82,7 @@ def check_sizes(batch_size: int, micro_batch_size: int, ranks: Ranks) -> None:
         )
 
 
-class _StepLoader(Generic[B]):
+class _StepLoader(ABC, Generic[B]):
     """Slots of a step, shared over ranks and micro-batches; subclasses map slots to rows."""
 
     def __init__(self, batch_size: int, micro_batch_size: int, ranks: Ranks) -> None:
@@ -102,11 +103,13 @@ class _StepLoader(Generic[B]):
         groups = np.split(rows, list(cuts))
         return Batches(groups[self.ranks.rank :: self.ranks.world_size], self._make)
 
+    @abstractmethod
     def _rows_of(self, slots: Ints) -> Ints:
-        raise NotImplementedError
+        """Rows of global slots."""
 
+    @abstractmethod
     def _make(self, rows: Ints) -> B:
-        raise NotImplementedError
+        """The batch of some rows."""
 
 
 class _MixtureLoader(_StepLoader[TokenBatch]):

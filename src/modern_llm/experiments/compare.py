@@ -25,6 +25,9 @@ METRICS = (
     *("epoch_time_s", "peak_memory_mb", "model_size_mb", "prefill_tokens_per_s"),
     *("inference_tokens_per_s", "first_token_s"),
 )
+# What a study can measure apart, one arm at a time; metric -> value.
+SPEEDS = ("tokens_per_s", "mfu", "prefill_tokens_per_s", "inference_tokens_per_s", "first_token_s")
+Speeds = dict[str, float]
 EQUAL = {"tokens": "tokens", "params": "params_millions", "flops": "train_flops"} | {
     "seconds": "train_time_s"
 }
@@ -97,6 +100,7 @@ def comparison_record(
     found = compare_to(chosen.values(metric), values, lower_is_better=True)
     verdicts = {result.name: verdict for result, verdict in zip(others, found, strict=True)}
     facts = dict(facts or {})
+    rows = [_row(result, verdicts.get(result.name), facts) for result in results]
     return {
         "format": FORMAT,
         "title": title,
@@ -104,8 +108,8 @@ def comparison_record(
         "reference": chosen.name,
         "alpha": ALPHA,
         "hold": hold,
-        "equal": {name: _is_equal(results, column) for name, column in EQUAL.items()},
-        "rows": [_row(result, verdicts.get(result.name), facts) for result in results],
+        "equal": {name: _is_equal(rows, column) for name, column in EQUAL.items()},
+        "rows": rows,
         "bands": {result.name: _band(result) for result in results},
         "experiments": [asdict(result) for result in results],
         "facts": facts,
@@ -163,8 +167,13 @@ def _row(
         row[metric] = mean and mean.value
         row[f"{metric}_low"] = mean and mean.low
         row[f"{metric}_high"] = mean and mean.high
-    if speed := facts.get("speeds", {}).get(result.name):  # of each alone, in place of as trained
-        row |= {"tokens_per_s": speed, "tokens_per_s_low": None, "tokens_per_s_high": None}
+    # Those of each alone stand in for those of many at once, and decide its seconds.
+    apart: Speeds = dict(facts.get("speeds", {}).get(result.name, {}))
+    if speed := apart.get("tokens_per_s"):
+        apart["train_time_s"] = row["tokens"] / speed
+        apart["epoch_time_s"] = result.data["train_tokens"] / speed
+    for metric, value in apart.items():
+        row |= {metric: value, f"{metric}_low": None, f"{metric}_high": None}
     told = verdict or Verdict("reference", None, None, None, None, len(result.seeds), "none")
     return row | {
         "difference": told.difference,
@@ -191,8 +200,7 @@ def _band(result: ExperimentResult) -> list[dict[str, Any]]:
     return band
 
 
-def _is_equal(results: Sequence[ExperimentResult], metric: str) -> bool:
-    """Whether all results agree in the mean of a metric within 1 %."""
-    means = [mean_of(list(result.values(metric).values())) for result in results]
-    values = [mean.value for mean in means if mean is not None]
+def _is_equal(rows: Sequence[Mapping[str, Any]], metric: str) -> bool:
+    """Whether all rows agree in the mean of a metric within 1 %."""
+    values: list[float] = [row[metric] for row in rows]
     return max(values) - min(values) <= EQUAL_WITHIN * max(values)

@@ -30,8 +30,9 @@ def with_params_of(model: ModelConfig, reference: ModelConfig) -> ModelConfig:
     per_width = wide - narrow  # parameters are a linear function of the width
     exact = 1 + (wanted - narrow) / per_width
     stepped, nearest = WIDTH_STEP * round(exact / WIDTH_STEP), round(exact)
-    for width in (stepped, nearest):
-        if width >= 1 and abs(narrow + (width - 1) * per_width - wanted) <= TOLERANCE * wanted:
+    # Half of the tolerance for the first: any two arms are then within the whole of it.
+    for width, share in ((stepped, TOLERANCE / 2), (nearest, TOLERANCE)):
+        if width >= 1 and abs(narrow + (width - 1) * per_width - wanted) <= share * wanted:
             return _with_width(model, width)
     raise ConfigError(
         f"hold=params: {model.short_name} cannot have the {wanted:,} parameters of "

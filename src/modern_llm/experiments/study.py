@@ -11,7 +11,7 @@ from typing import Any
 from modern_llm.config import PipelineConfig, StudyConfig, as_overrides, load_config
 from modern_llm.errors import ConfigError, DataError, ModernLLMError, StoppedBySignal
 from modern_llm.experiments.cells import Cell, run_cells, slots
-from modern_llm.experiments.compare import comparison_record
+from modern_llm.experiments.compare import SPEEDS, Speeds, comparison_record
 from modern_llm.experiments.config import ExperimentConfig
 from modern_llm.experiments.experiment import ArchitectureExperiment
 from modern_llm.experiments.matching import cost_of, flops_ratio, steps_at, with_params_of
@@ -130,21 +130,25 @@ class Study:
             raise problems[0]
         return found
 
-    def _on_equal_terms(self, name: str, speeds: Mapping[str, float]) -> list[str]:
+    def _shape(self, name: str) -> list[str]:
+        """Overrides of an arm, with the width that ``hold=params`` gives it."""
+        if self.config.hold != "params":
+            return self._overrides[name]
+        model, reference = self._config(name).model, self._config(self.reference).model
+        return [*self._overrides[name], f"model.d_ff={with_params_of(model, reference).d_ff}"]
+
+    def _on_equal_terms(self, name: str, speeds: Mapping[str, Speeds]) -> list[str]:
         """Overrides of an arm, with those that make it equal to the reference."""
         config, reference = self._config(name), self._config(self.reference)
-        overrides = list(self._overrides[name])
         ratio = 1.0
-        if self.config.hold == "params":
-            width = with_params_of(config.model, reference.model).d_ff
-            overrides.append(f"model.d_ff={width}")
-        elif self.config.hold == "flops":
+        if self.config.hold == "flops":
             ratio = flops_ratio(config, reference)
         elif self.config.hold == "seconds":
-            ratio = speeds[name] / speeds[self.reference]
+            own, other = (speeds[arm]["tokens_per_s"] for arm in (name, self.reference))
+            ratio = own / other
         steps = steps_at(config, reference, ratio=ratio)
         # Equal terms go before a cap on all stages, which the reference's steps are under already.
-        return [*overrides, f"pretrain.training.max_steps={steps}", "max_steps=null"]
+        return [*self._shape(name), f"pretrain.training.max_steps={steps}", "max_steps=null"]
 
     def _experiment(self, name: str, overrides: Sequence[str]) -> ArchitectureExperiment:
         config = ExperimentConfig(
@@ -154,15 +158,17 @@ class Study:
         return ArchitectureExperiment(config)
 
     @cached_property
-    def speeds(self) -> dict[str, float]:
-        """Tokens a second of every arm, trained alone: the median of rounds that take turns.
+    def speeds(self) -> dict[str, Speeds]:
+        """Speeds of every arm alone, each the median of rounds that take turns.
 
         An arm whose speed cannot be measured is left out.
 
         Raises:
             ModernLLMError: the seconds of the reference are to be held, and it has no speed.
         """
-        measured: dict[str, list[float]] = {name: [] for name in self._overrides}
+        # Where the speeds decide the steps they come first, else what is trained is measured.
+        names = self._overrides if self.config.hold == "seconds" else self.experiments
+        measured: dict[str, list[Speeds]] = {name: [] for name in names}
         for turn in range(self.config.speed_rounds):
             for name in list(measured):
                 try:
@@ -174,15 +180,18 @@ class Study:
                         raise
                     self.left_out.append(str(error))
                     del measured[name]
-        return {name: median(values) for name, values in measured.items()}
+        return {
+            name: {metric: median(turn[metric] for turn in turns) for metric in turns[0]}
+            for name, turns in measured.items()
+        }
 
-    def _speed(self, name: str, turn: int) -> float:
-        """Tokens a second of an arm in one round."""
+    def _speed(self, name: str, turn: int) -> Speeds:
+        """Speeds of an arm in one round."""
         steps = [f"pretrain.training.max_steps={SPEED_STEPS}", "pretrain.training.warmup=0"]
         experiment = ArchitectureExperiment(
             ExperimentConfig(
                 f"speed-{name}", preset=self.config.base,
-                overrides=[*self._overrides[name], *steps, "max_steps=null"], seeds=[turn],
+                overrides=[*self._shape(name), *steps, "max_steps=null"], seeds=[turn],
                 threads=self.config.threads, output=self.folder / "speed", plugins=self.plugins,
             )
         )  # fmt: skip
@@ -190,7 +199,8 @@ class Study:
         result = experiment.collect(failed)
         if not result.seeds:
             raise ModernLLMError(f"speed of {name}: {'; '.join(result.failed.values())}")
-        return result.seeds[0].tokens_per_s
+        found = {metric: getattr(result.seeds[0], metric) for metric in SPEEDS}
+        return {metric: value for metric, value in found.items() if value is not None}
 
     def run(
         self, *, command: str = "", on_exists: Policy = "timestamp", metric: str = "final_val_loss"
@@ -245,8 +255,8 @@ class Study:
         if self.config.speed_rounds:
             facts["speeds"] = self.speeds
             facts["speed"] = (
-                f"Tokens/s of training: each experiment alone, the median of "
-                f"{self.config.speed_rounds} rounds that take turns."
+                f"Speeds: each experiment alone, the median of {self.config.speed_rounds} rounds "
+                "that take turns; the time of training follows from them."
             )
         names = [result.name for result in results]
         record = comparison_record(

@@ -4,6 +4,7 @@ To add a kind: a subclass of `Attention` with `mix` and `mix_flops`, and a name.
 """
 
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -52,7 +53,7 @@ class AttentionContext:
     cache: KVCache | StreamingCache | StateCache | None = None
 
 
-class Attention(nn.Module):
+class Attention(nn.Module, ABC):
     """Self-attention with N query heads that share K key/value heads (arXiv:2305.13245).
 
     Args:
@@ -89,6 +90,7 @@ class Attention(nn.Module):
         """Queries ``(B, T, N, H)`` and keys ``(B, T, K, H)``, one tensor until they are rotated."""
         return torch.split(qk, [self.dims.n_heads, self.dims.n_kv_heads], 2)
 
+    @abstractmethod
     def mix(self, qk: Tensor, v_BTKH: Tensor, context: AttentionContext) -> Tensor:
         """Values of all tokens that a token sees, weighted: ``(B, T, N, H)``.
 
@@ -97,11 +99,10 @@ class Attention(nn.Module):
             v_BTKH: values.
             context: positions, masks, cache.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def mix_flops(self, seq_len: int) -> float:
         """Forward FLOPs of `mix`, for one token of a sequence of ``seq_len``."""
-        raise NotImplementedError
 
     def cost(self, seq_len: int) -> Cost:
         """Two matrices, and what mixes the values."""

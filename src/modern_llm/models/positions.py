@@ -5,6 +5,7 @@ options, overrides the hooks that it needs, and registers a name.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, Literal, Self
 
@@ -90,7 +91,7 @@ class LearnedPosition(PositionEncoding):
         return Cost(count, count, count)
 
 
-class TabledEncoding(PositionEncoding):
+class TabledEncoding(PositionEncoding, ABC):
     """Keeps a float32 table a position in a plain attribute.
 
     ``model.to(bfloat16)`` cannot reach it, and it is no part of the state dict.
@@ -98,8 +99,9 @@ class TabledEncoding(PositionEncoding):
 
     table: Tensor
 
+    @abstractmethod
     def _computed(self, device: torch.device) -> Tensor:
-        raise NotImplementedError
+        """The table in float32."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Follow the model to another device, never to another dtype."""

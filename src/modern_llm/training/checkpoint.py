@@ -11,6 +11,7 @@ import pickle
 import shutil
 import stat
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -287,6 +288,8 @@ def _config_differences(model: nn.Module, meta: Mapping[str, Any]) -> list[str]:
     if config is None or not isinstance(saved, Mapping):
         return []
     own = config.model_dump(mode="json")
+    with suppress(ValueError):  # fields that came later than the checkpoint get their defaults
+        saved = type(config).model_validate(saved).model_dump(mode="json")
     return [
         f"model.{name} is {saved.get(name)!r} there and {own.get(name)!r} here"
         for name in sorted({*own, *saved} - set(FREE_FIELDS))

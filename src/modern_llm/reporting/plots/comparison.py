@@ -12,7 +12,7 @@ WORDS = {"better": BETTER, "worse": WORSE, "reference": REFERENCE}
 LABELS = {"final_val_loss": "validation loss (nats per token)", "bits_per_byte": "bits per byte"}
 COSTS = {
     "train_flops": "training FLOPs",
-    "params_millions": "parameters (millions)",
+    "params_millions": "parameters",
     "train_time_s": "training seconds",
 }
 BARS = {
@@ -150,7 +150,8 @@ def pareto(record: Row) -> bytes:
         for axes, (cost, label) in zip(
             figure.subplots(1, 3, sharey=True), COSTS.items(), strict=True
         ):
-            points = [(row[cost], row[metric]) for row in rows]
+            unit = 1e6 if cost == "params_millions" else 1
+            points = [(row[cost] * unit, row[metric]) for row in rows]
             best = front(points)
             axes.plot(
                 [points[i][0] for i in best], [points[i][1] for i in best], "-", color="#bbbbbb",
