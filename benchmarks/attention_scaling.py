@@ -22,7 +22,6 @@ import math
 import multiprocessing
 import platform
 import random
-import resource
 import statistics
 import sys
 import time
@@ -159,6 +158,8 @@ def peak_of(run: Callable[[], None], device: str) -> int:
     """Bytes that a first run takes at its peak beyond what was held before."""
     import torch
 
+    from modern_llm.runtime.devices import peak_memory_gb
+
     if device == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -167,10 +168,9 @@ def peak_of(run: Callable[[], None], device: str) -> int:
     forget = Path("/proc/self/clear_refs")
     if forget.exists():  # Linux: the peak of what came before (imports) would hide a smaller one
         forget.write_text("5")
-    unit = 1 if sys.platform == "darwin" else 1024
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_memory_gb(torch.device(device))
     run()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit
+    return round((peak_memory_gb(torch.device(device)) - before) * 1e9)
 
 
 def flops_of(point: Point) -> int:

@@ -1,5 +1,8 @@
 import os
+import subprocess
+import sys
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -192,6 +195,19 @@ def test_the_most_memory_stays_when_it_is_freed() -> None:
     del block
     assert peak_memory_gb(CPU) >= 0.4
     assert row["memory_peak_gb"] >= row["memory_gb"] - 0.01
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
+def test_the_most_memory_is_not_that_of_the_parent() -> None:
+    """Linux hands a parent's peak on to its child's ru_maxrss; a sweep starts many children."""
+    block = torch.ones(300_000_000)  # 1.2 GB, written to
+    program = (
+        "import torch; from modern_llm.runtime.devices import peak_memory_gb; "
+        "print(peak_memory_gb(torch.device('cpu')))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert block.sum() > 0 and done.returncode == 0, done.stderr
+    assert float(done.stdout) < 1
 
 
 def test_hardware_says_what_computes() -> None:

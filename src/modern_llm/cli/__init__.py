@@ -18,8 +18,8 @@ from modern_llm.errors import ModernLLMError
 from modern_llm.registry import load_plugin
 
 EXIT_CODES = """exit codes:
-  0 done   1 'verify' found problems, or a bug with its traceback   2 config   3 data
-  4 checkpoint   5 diverged   6 protected or unwritable path
+  0 done   1 'verify' found problems, a study has no result, or a bug with its traceback
+  2 config   3 data   4 checkpoint   5 diverged   6 protected or unwritable path
   75 stopped by a signal after saving: the same command (without --force) goes on
   130 interrupted"""
 

@@ -136,7 +136,7 @@ def run_cells(
         until: ``time.monotonic()`` past which none is started.
 
     Returns:
-        Name of each cell that has no result -> why.
+        Name of each cell that has no result -> why, in the order of ``cells``.
 
     Raises:
         StoppedBySignal: a signal came; running cells have saved, and the same call goes on.
@@ -176,7 +176,7 @@ def run_cells(
                 "trainings are finished, those under way have saved; the same command goes on "
                 "from there (without --force)"
             )
-    return failed
+    return {cell.name: failed[cell.name] for cell in cells if cell.name in failed}
 
 
 def _start(cell: Cell, slot: int, environment: Mapping[str, str]) -> _Running:

@@ -26,7 +26,10 @@ METRICS = (
     *("inference_tokens_per_s", "first_token_s"),
 )
 # What a study can measure apart, one arm at a time; metric -> value.
-SPEEDS = ("tokens_per_s", "mfu", "prefill_tokens_per_s", "inference_tokens_per_s", "first_token_s")
+SPEEDS = (
+    *("tokens_per_s", "mfu", "prefill_tokens_per_s", "inference_tokens_per_s", "first_token_s"),
+    "peak_memory_mb",
+)
 Speeds = dict[str, float]
 EQUAL = {"tokens": "tokens", "params": "params_millions", "flops": "train_flops"} | {
     "seconds": "train_time_s"

@@ -255,8 +255,8 @@ class Study:
         if self.config.speed_rounds:
             facts["speeds"] = self.speeds
             facts["speed"] = (
-                f"Speeds: each experiment alone, the median of {self.config.speed_rounds} rounds "
-                "that take turns; the time of training follows from them."
+                f"Speeds and memory: each experiment alone for {SPEED_STEPS} steps, the median of "
+                f"{self.config.speed_rounds} rounds that take turns; times follow from them."
             )
         names = [result.name for result in results]
         record = comparison_record(

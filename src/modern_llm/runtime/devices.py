@@ -174,8 +174,13 @@ def peak_memory_gb(device: torch.device) -> float:
     """Largest memory so far in GB: allocated on a GPU, resident of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes of ru_maxrss
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    try:
+        # Not ru_maxrss: a process has its parent's, from before it was one of its own.
+        with open("/proc/self/status") as file:
+            return int(file.read().split("VmHWM:")[1].split()[0]) * 1024 / 1e9
+    except (FileNotFoundError, IndexError):  # not Linux
+        unit = 1 if sys.platform == "darwin" else 1024  # bytes of ru_maxrss
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def memory_row(device: torch.device) -> dict[str, float]:
