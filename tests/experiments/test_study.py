@@ -300,10 +300,10 @@ def test_an_experiment_without_a_result_says_why(
 def test_an_arm_whose_speed_fails_costs_itself_alone(
     make_study: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def speed(self: Study, name: str, turn: int) -> float:
+    def speed(self: Study, name: str, turn: int) -> dict[str, float]:
         if name == "rms" and turn == 1:
             raise ModernLLMError("speed of rms: exit code 5: error: loss=nan")
-        return 100.0
+        return {"tokens_per_s": 100.0}
 
     monkeypatch.setattr(Study, "_speed", speed)
     arms = {**ARMS, "deep": {"model.n_layers": 2}}
