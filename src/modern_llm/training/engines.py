@@ -4,6 +4,7 @@ Every engine computes the same training: the same rows, one mean over all units 
 norm of the whole gradient. They differ in what each rank holds (see ``docs/scaling.md``).
 """
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -118,7 +119,7 @@ class DataParallel(Engine):
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model, its gradients averaged over the ranks in its backward."""
-        return _DataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        return _DataParallel(model, gradient_as_bucket_view=True)
 
     def accumulating(self, wrapped: nn.Module) -> AbstractContextManager[Any]:
         """Without the exchange of gradients."""
@@ -157,7 +158,8 @@ class ZeroOne(DataParallel):
 
 
 def _sharded(optimizer: Optimizer) -> Optimizer:
-    defaults = dict(optimizer.defaults)
+    known = inspect.signature(type(optimizer)).parameters  # some defaults are not for callers
+    defaults = {key: value for key, value in optimizer.defaults.items() if key in known}
     return ZeroRedundancyOptimizer(
         [dict(g) for g in optimizer.param_groups], optimizer_class=type(optimizer), **defaults
     )
