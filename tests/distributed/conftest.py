@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from launching import Launcher, Server  # noqa: E402
+from launching import Launcher, Server
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ import torch._dynamo  # every optimizer imports it; here it is imported once
 from modern_llm.training.throughput import cpu_peak_flops
 
 sys.path.insert(0, str(Path(__file__).parent))
-import jobs  # type: ignore[import-not-found]  # noqa: E402
+import jobs  # type: ignore[import-not-found]
 
 
 def start(job: str, options: dict[str, Any], environ: dict[str, str], log: str) -> int:
