@@ -259,15 +259,19 @@ class Group:
         if self.leads:
             self.share(NOTHING)
 
-    def claims(self, what: str) -> bool:
-        """Whether this rank is the first to claim ``what``; every rank where notes are lost."""
+    def tells(self, error: ModernLLMError) -> bool:
+        """Whether this rank is the one that tells of the end: the first that came to it.
+
+        Args:
+            error: which this rank ends with.
+        """
         if self._store is None:
             return True
         try:
             mine = str(self.ranks.rank)
-            return bool(self._store.compare_set(f"claim/{what}", "", mine).decode() == mine)
-        except (RuntimeError, OSError):  # it was in a process that is gone
-            return True
+            return bool(self._store.compare_set("tells", "", mine).decode() == mine)
+        except RuntimeError:  # the store was in a process that is gone, perhaps without a word
+            return isinstance(error, PeerError)
 
     @contextmanager
     def named(self, where: Callable[[], str]) -> Iterator[None]:
@@ -355,7 +359,7 @@ def joined(ranks: Ranks, *, timeout_s: float) -> Iterator[Group]:
             yield _group
         dist.destroy_process_group()  # not after a failure: it would wait for who is dead
     except ModernLLMError as error:  # one rank tells what all of them see
-        error.told = bool(error.told) or not _group.claims("end")
+        error.told = bool(error.told) or not _group.tells(error)
         raise
     finally:
         _group = Group()
