@@ -1,24 +1,117 @@
 """What the ranks of the tests run; `rank_server` calls these functions in forked processes."""
 
+import importlib
+import itertools
+import math
 import os
+import random
 import signal
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from modern_llm import cli
 from modern_llm.alignment.pipeline import concrete
 from modern_llm.alignment.stages import STAGES
 from modern_llm.config import PipelineConfig, load_config
-from modern_llm.errors import StoppedBySignal
+from modern_llm.errors import DataError, StoppedBySignal
 from modern_llm.runtime.ranks import group, joined, launched_ranks
 from modern_llm.runtime.seeding import seed_everything
 from modern_llm.training.trainer import Trainer
 
 
-def command(arguments: list[str]) -> int:
-    """One command line."""
+def command(arguments: list[str], faults: list[dict[str, Any]] = ()) -> int:  # type: ignore[assignment]
+    """One command line, with faults; see `plant`."""
+    for fault in faults:
+        plant(**fault)
     return cli.main(arguments)
+
+
+def plant(at: str, do: str, *, rank: int | None = None, nth: int = 1, after: bool = False) -> None:
+    """Do something to this process at the ``nth`` call of a function, or after it.
+
+    Args:
+        at: the function, ``module:name`` or ``module:Class.name`` below ``modern_llm``.
+        do: one of `ACTS`, or the name of a signal to this process.
+        rank: of the process; default: all of them.
+    """
+    if rank is not None and rank != int(os.environ.get("RANK", "0")):
+        return
+    module, _, path = at.partition(":")
+    owner: Any = importlib.import_module(f"modern_llm.{module}")
+    *outer, name = path.split(".")
+    for part in outer:
+        owner = getattr(owner, part)
+    call, calls = getattr(owner, name), itertools.count(1)
+
+    def faulty(*args: Any, **kwargs: Any) -> Any:
+        due = nth in (0, next(calls))
+        if due and not after and do != "break loss":
+            act(do, *args)
+        result = call(*args, **kwargs)
+        if due and do == "break loss":
+            return replace(result, loss_sum=result.loss_sum * math.nan)
+        if due and after:
+            act(do, *args)
+        return result
+
+    setattr(owner, name, faulty)
+
+
+def act(do: str, *args: Any) -> None:
+    if do in ACTS:
+        ACTS[do](*args)
+    else:
+        os.kill(os.getpid(), signal.Signals[do])
+
+
+def fail(*args: Any) -> None:
+    raise ValueError("a bug of this rank alone")
+
+
+def fail_of_data(*args: Any) -> None:
+    raise DataError("the data is not what it was")
+
+
+def fail_to_connect(*args: Any) -> None:
+    raise ConnectionRefusedError("Connection refused")
+
+
+def hang(*args: Any) -> None:
+    time.sleep(1000)
+
+
+def pause(*args: Any) -> None:
+    time.sleep(random.Random(os.urandom(8)).uniform(0.0, 0.15))
+
+
+def wait_for_release(target: Path, *args: Any) -> None:
+    """Block until the test makes the file ``release`` beside the checkpoints."""
+    (target.parents[1] / "blocked").touch()
+    while not (target.parents[1] / "release").exists():
+        time.sleep(0.005)
+
+
+@torch.no_grad()
+def break_weight(trainer: Trainer, *args: Any) -> None:
+    """Of this rank's weights, or its part of them."""
+    part = next(p for p in trainer.model.parameters() if p.ndim == 2)
+    getattr(part, "_local_tensor", part)[0, 0] = math.nan
+
+
+ACTS: dict[str, Callable[..., None]] = {
+    "fail": fail,
+    "data": fail_of_data,
+    "no connection": fail_to_connect,
+    "hang": hang,
+    "pause": pause,
+    "block": wait_for_release,
+    "break weight": break_weight,
+}
 
 
 def configured(config: str, overrides: list[str]) -> PipelineConfig:
@@ -80,6 +173,3 @@ class stopped_after:  # noqa: N801 - read as a phrase
 
     def __exit__(self, *told: object) -> None:
         Trainer.train_step = self.step  # type: ignore[method-assign]
-
-
-Fault = Callable[..., None]

@@ -44,7 +44,7 @@ RUNS: dict[str, tuple[str, list[str]]] = {
 }
 STAGES = ("pretrain", "sft", "dpo", "verifier")
 HARD = ("untied", "learned", "muon", "experts")
-GRAD_OP, HYBRID = ('{"name": "fsdp", "sharding": "%s"}' % kind for kind in ("grad_op", "hybrid"))
+GRAD_OP, HYBRID = (f'{{"name": "fsdp", "sharding": "{kind}"}}' for kind in ("grad_op", "hybrid"))
 JOBS: dict[str, tuple[int, str, tuple[str, ...]]] = {
     "2 ddp": (2, "ddp", (*STAGES, *HARD, "checkpointed")),
     "2 zero1": (2, "zero1", ("sft", "muon")),
@@ -107,17 +107,21 @@ def distance(one: Path, other: Path) -> float:
     )
 
 
-def assert_same_training(one: Path, other: Path, *, weights: float = 1e-5) -> None:
-    """Of a stage: losses, gradients, counts, validation, and the weights that it came to."""
+def assert_same_training(one: Path, other: Path, *, rounded: bool) -> None:
+    """Of a stage: losses, gradients, counts, validation, and the weights that it came to.
+
+    Args:
+        rounded: Muon's iterations are in bf16, which rounds a gradient that differs in its last
+            bit: equal to 1e-5 are then the losses alone.
+    """
     mine, theirs = rows(one), rows(other)
-    assert [(row["kind"], row["step"]) for row in mine] == [
-        (row["kind"], row["step"]) for row in theirs
-    ]
     for row, of_other in zip(mine, theirs, strict=True):
         assert row.keys() == of_other.keys()
+        assert (row.pop("kind"), row["step"]) == (of_other["kind"], of_other["step"])
         for key, value in row.items():
-            assert of_other[key] == pytest.approx(value, rel=1e-5, abs=1e-6), (key, row["step"])
-    assert distance(one, other) < weights
+            rel = 1e-3 if rounded and key != "loss" else 1e-5
+            assert of_other[key] == pytest.approx(value, rel=rel, abs=1e-6), (key, row["step"])
+    assert distance(one, other) < (5e-3 if rounded else 1e-5)
 
 
 @pytest.mark.parametrize("name", JOBS)
@@ -134,10 +138,8 @@ def test_every_engine_trains_what_one_process_trains(
     ranks(world_size, "train", config=str(config), cases=given, environ=environ)
     for run in names:
         stage, _ = RUNS[run]
-        # Muon's iterations are in bf16, which rounds a gradient that differs in its last bit.
-        assert_same_training(
-            one / run / stage, folder / run / stage, weights=5e-3 if run == "muon" else 1e-5
-        )
+        mine, theirs = one / run / stage, folder / run / stage
+        assert_same_training(mine, theirs, rounded=run == "muon")
 
 
 @pytest.mark.slow

@@ -116,8 +116,12 @@ def _guarded(execute: Callable[[argparse.Namespace], int], args: argparse.Namesp
 
 def _is_first() -> bool:
     """Whether this process is the first of those that its launcher started."""
-    srun = "SLURM_STEP_NUM_TASKS" in os.environ
-    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0") if srun else "0") == "0"
+    names = ["RANK"]
+    if "SLURM_STEP_NUM_TASKS" in os.environ:
+        names.append("SLURM_PROCID")
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        names.append("LOCAL_RANK")  # a launcher that forgot the other
+    return next((os.environ[name] for name in names if os.environ.get(name)), "0") == "0"
 
 
 def parser_of(command: str, *, prog: str | None = None) -> argparse.ArgumentParser:

@@ -259,15 +259,19 @@ class Group:
         if self.leads:
             self.share(NOTHING)
 
-    def claims(self, what: str) -> bool:
-        """Whether this rank is the first to claim ``what``; every rank where notes are lost."""
+    def tells(self, error: ModernLLMError) -> bool:
+        """Whether this rank is the one that tells of the end: the first that came to it.
+
+        Args:
+            error: which this rank ends with.
+        """
         if self._store is None:
             return True
         try:
             mine = str(self.ranks.rank)
-            return bool(self._store.compare_set(f"claim/{what}", "", mine).decode() == mine)
-        except (RuntimeError, OSError):  # it was in a process that is gone
-            return True
+            return bool(self._store.compare_set("tells", "", mine).decode() == mine)
+        except RuntimeError:  # the store was in a process that is gone, perhaps without a word
+            return isinstance(error, PeerError)
 
     @contextmanager
     def named(self, where: Callable[[], str]) -> Iterator[None]:
@@ -281,8 +285,8 @@ class Group:
         """
         try:
             yield
-        except (RuntimeError, OSError) as error:
-            if isinstance(error, ModernLLMError) or self.world_size == 1:
+        except RuntimeError as error:
+            if self.world_size == 1:
                 raise
             lost = isinstance(error, dist.DistError) or any(s in str(error) for s in LOST)
             if not lost:
@@ -325,9 +329,10 @@ def joined(ranks: Ranks, *, timeout_s: float) -> Iterator[Group]:
         yield _group
         return
     limit = timedelta(seconds=timeout_s)
-    if torch.cuda.is_available():
-        torch.cuda.set_device(own_gpu(ranks))
+    store = None
     try:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(own_gpu(ranks))
         store, rank, world_size = next(
             rendezvous(f"env://?rank={ranks.rank}&world_size={ranks.world_size}", timeout=limit)
         )
@@ -336,20 +341,25 @@ def joined(ranks: Ranks, *, timeout_s: float) -> Iterator[Group]:
             backend, store=PrefixStore("group", store), rank=rank, world_size=world_size,
             timeout=limit,
         )  # fmt: skip
+    except ConfigError as error:
+        error.told = False  # the others have GPUs, and do not know
+        raise
     except (RuntimeError, OSError, ValueError) as error:
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise PeerError(
+        failure = PeerError(
             f"rank {ranks.rank} of {ranks.world_size} on {socket.gethostname()} did not meet the "
             f"others at {place} within {timeout_s:g} s ({str(error).splitlines()[0]}); are all "
             "ranks started, and is that address reachable from each?"
-        ) from None
+        )
+        failure.told = ranks.rank > 0 and store is not None  # rank 0 was met, and tells
+        raise failure from None
     _group = Group(ranks, timeout_s=timeout_s, store=PrefixStore("notes", store))
     try:
         with _group.named(lambda: "between two stages"):
             yield _group
         dist.destroy_process_group()  # not after a failure: it would wait for who is dead
     except ModernLLMError as error:  # one rank tells what all of them see
-        error.told = bool(error.told) or not _group.claims("end")
+        error.told = bool(error.told) or not _group.tells(error)
         raise
     finally:
         _group = Group()

@@ -34,7 +34,7 @@ class StopSignal:
         """Take over what any rank was asked; all ranks call it at the same place."""
         asked = 0 if self._noted is None else signal.Signals[self._noted].value
         if number := group().highest(asked):
-            self.requested = signal.Signals(number).name
+            self._noted = self.requested = signal.Signals(number).name
 
     def unless(self, call: Callable[[], T]) -> T | None:
         """What ``call`` returns, or ``None`` if a signal came before its end: it is left there.

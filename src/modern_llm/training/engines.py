@@ -9,6 +9,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -77,21 +78,13 @@ class Engine(ABC):
             model: not wrapped.
             copy: on the CPU and apart from the model, which trains on.
         """
-        found = {name: whole(tensor) for name, tensor in model_weights(model).items()}
-        if not group().leads:
-            return {}
-        return {name: _apart(tensor) for name, tensor in found.items()} if copy else found
+        found = {name: _on_leader(x, copy=copy) for name, x in model_weights(model).items()}
+        return found if group().leads else {}
 
     def optimizer_state(self, optimizers: Optimizers, *, copy: bool) -> dict[str, Any]:
         """Whole moments as one process has them; all ranks call it, and rank 0 alone gets any."""
-        return self._on_leader(optimizers.state_dict(), copy=copy)
-
-    @staticmethod
-    def _on_leader(state: dict[str, Any], *, copy: bool) -> dict[str, Any]:
-        gathered: dict[str, Any] = _mapped(state, whole)
-        if not group().leads:
-            return {}
-        return dict(_mapped(gathered, _apart)) if copy else gathered
+        state = _mapped(optimizers.state_dict(), partial(_on_leader, copy=copy))
+        return dict(state) if group().leads else {}
 
     def load_optimizer_state(self, optimizers: Optimizers, state: Mapping[str, Any]) -> None:
         """Put back what `optimizer_state` gave on any engine and any number of ranks.
@@ -155,7 +148,7 @@ class ZeroOne(DataParallel):
         for part in optimizers.parts:
             assert isinstance(part, ZeroRedundancyOptimizer)
             part.consolidate_state_dict(to=0)
-        return self._on_leader(optimizers.state_dict(), copy=copy) if group().leads else {}
+        return super().optimizer_state(optimizers, copy=copy) if group().leads else {}
 
 
 def _sharded(optimizer: Optimizer) -> Optimizer:
@@ -262,9 +255,21 @@ def _blocks(model: nn.Module) -> Iterator[nn.Module]:
             yield from stack
 
 
-def _apart(x: Tensor) -> Tensor:
-    """A copy on the CPU."""
-    return x.detach().to("cpu", copy=True)
+def _on_leader(x: Tensor, *, copy: bool) -> Tensor:
+    """A tensor whole on rank 0, and nothing of it on the others; all ranks call it.
+
+    So no device has more than one whole tensor at a time of what the ranks share.
+
+    Args:
+        x: all of it, or the part of this rank.
+        copy: on the CPU and apart; always so where the ranks have parts.
+    """
+    full = whole(x)
+    if not group().leads:
+        return torch.empty(0)
+    if full is not x:
+        return full.cpu()
+    return x.detach().to("cpu", copy=True) if copy else x
 
 
 def _mapped(value: Any, convert: Callable[[Tensor], Tensor]) -> Any:

@@ -120,6 +120,8 @@ def with_balance_loss(model: nn.Module, terms: Terms, units: Tensor | int) -> Te
         terms: of the objective itself.
         units: of the micro-batch.
     """
+    # From Python 3.12 on, isinstance does not see what a wrapper passes on to its module.
+    model = getattr(model, "module", model)
     aux = model.aux_loss() if isinstance(model, HasExperts) else None
     if aux is None or not isinstance(model, HasExperts):
         return terms

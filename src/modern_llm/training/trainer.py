@@ -260,7 +260,9 @@ class Trainer:
                     self.saver.close()
                     self._tell_stop("diverged")
                     good = self.saver.newest or "none yet"
-                    raise DivergedError(f"{error}; last good checkpoint: {good}") from None
+                    told = DivergedError(f"{error}; last good checkpoint: {good}")
+                    told.told = None if group().leads else True  # by rank 0, which knows that one
+                    raise told from None
                 finally:
                     self.saver.close()
                 result = self._publish()
