@@ -184,6 +184,8 @@ def main() -> int:
 
     facts = child(args, "card", seconds=60)
     print(f"{facts.get('name', facts)}, driver {facts.get('driver')}, torch {torch.__version__}")
+    for kind, kernels in facts.get("attention_kernels", {}).items():
+        print(f"attention, {kind}: {', '.join(kernels) or 'no fused kernel'}")
     rows = list(measured(args))
     record = {
         "format": 1,

@@ -2,6 +2,7 @@
 
 import argparse
 import gc
+import itertools
 import json
 import statistics
 import subprocess
@@ -287,10 +288,34 @@ def agreement(job: Job) -> dict[str, Any]:
     return {"losses": curves, "largest_relative_difference": far}
 
 
+def attention_kernels(device: torch.device) -> dict[str, list[str]]:
+    """The fused kernels of torch that would take the attention of a bf16 step, by kind of call.
+
+    None means that all logits stand in memory: grouped heads and a mask are a hard pair.
+    """
+    able = {
+        "flash": torch.backends.cuda.can_use_flash_attention,
+        "efficient": torch.backends.cuda.can_use_efficient_attention,
+        "cudnn": torch.backends.cuda.can_use_cudnn_attention,
+    }
+    found = {}
+    for grouped, masked in itertools.product((False, True), repeat=2):
+        q, k = (
+            torch.empty(1, heads, 1024, 64, dtype=torch.bfloat16, device=device, requires_grad=True)
+            for heads in (16, 4 if grouped else 16)
+        )
+        mask = q.new_zeros(1, 1, 1024, 1024) if masked else None
+        call = torch.backends.cuda.SDPAParams(q, k, k, mask, 0.0, not masked, grouped)
+        kind = f"{'masked' if masked else 'causal'}{', grouped heads' if grouped else ''}"
+        found[kind] = [name for name, takes in able.items() if takes(call)]
+    return found
+
+
 def card(device: torch.device) -> dict[str, Any]:
     """What computes, with the driver."""
     facts: dict[str, Any] = {**hardware(device), "torch": torch.__version__}
     if device.type == "cuda":
+        facts["attention_kernels"] = attention_kernels(device)
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         try:
             told = subprocess.run(query, capture_output=True, text=True, timeout=20).stdout

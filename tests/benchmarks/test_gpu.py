@@ -125,6 +125,14 @@ def test_the_largest_micro_batch_that_fits(modules: Any) -> None:
     assert parts.fitting_rows(choices, room_gb=1.0, row_gb=2.0) == 1
 
 
+def test_fused_kernels_are_asked_for_each_kind_of_call(modules: Any) -> None:
+    _, parts = modules
+    kinds = ["causal", "masked", "causal, grouped heads", "masked, grouped heads"]
+    found = parts.attention_kernels(torch.device("cpu"))
+    assert list(found) == kinds
+    assert not any(found.values())  # they are of a GPU
+
+
 def test_out_of_memory_takes_half_the_rows(
     modules: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
