@@ -268,7 +268,7 @@ def agreement(job: Job) -> dict[str, Any]:
         "bf16 chunked": (replace(job, compiled=False), length),
     }
     if job.compiled:
-        arms["bf16 compiled"] = (job, 0)
+        arms |= {"bf16 compiled": (job, 0), "bf16 compiled, chunked": (job, length)}
     curves: dict[str, list[float]] = {}
     for name, (arm, chunk) in arms.items():
         stage = RandomText(
@@ -278,7 +278,7 @@ def agreement(job: Job) -> dict[str, Any]:
         batches = map(trainer.loader.batches, range(AGREEMENT_STEPS))
         curves[name] = [trainer.train_step(each).loss for each in batches]
     pairs = {"fp32": "cpu fp32", "fp32 chunked": "fp32", "bf16": "fp32", "bf16 chunked": "bf16"}
-    pairs |= {"bf16 compiled": "bf16"} if job.compiled else {}
+    pairs |= {name: "bf16" for name in arms if "compiled" in name}
     far = {
         f"{name} from {base}": max(
             abs(a / b - 1) for a, b in zip(curves[name], curves[base], strict=True)

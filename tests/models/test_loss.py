@@ -183,6 +183,15 @@ def test_loss_of_a_chunk_is_closed_form() -> None:
     assert grad[2].tolist() == [0.0, 0.0]
 
 
+def test_a_sure_prediction_keeps_its_gradient_in_bf16() -> None:
+    """``p - 1`` is taken before rounding: ``p`` itself is 1 in bfloat16."""
+    logits = torch.tensor([[8.0, 0.0]], dtype=torch.bfloat16)
+    _, grad = chunk_loss(logits, torch.tensor([0]))
+    wrong = 1 / (1 + math.exp(8.0))
+    assert grad.dtype is torch.bfloat16
+    assert grad[0].tolist() == pytest.approx([-wrong, wrong], rel=2**-8)
+
+
 @pytest.mark.parametrize("whole", [False, True])
 def test_compiles_without_breaks(whole: bool) -> None:
     torch._dynamo.reset()
@@ -198,6 +207,24 @@ def test_compiles_without_breaks(whole: bool) -> None:
         curves.append([loss.detach(), *gradients(model).values()])
     for expected, actual in zip(*curves, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_compiled_to_machine_code(dtype: torch.dtype) -> None:
+    """Value and gradient of a compiled chunk, and of a ragged last one, are the eager ones."""
+    torch._dynamo.reset()
+    rng = torch.Generator().manual_seed(0)
+    logits = torch.randn(96, VOCAB, generator=rng).to(dtype)
+    labels = torch.randint(0, VOCAB, (96,), generator=rng)
+    labels[::5] = IGNORE
+    compiled = torch.compile(chunk_loss, fullgraph=True)
+    for rows in (slice(0, 64), slice(64, 96)):
+        loss, grad = chunk_loss(logits[rows].clone(), labels[rows])
+        own_loss, own_grad = compiled(logits[rows].clone(), labels[rows])
+        assert own_loss.item() == pytest.approx(loss.item(), rel=1e-6)
+        assert own_grad.dtype is dtype
+        torch.testing.assert_close(own_grad, grad)
 
 
 def test_label_and_argument_rules() -> None:
