@@ -174,6 +174,9 @@ def test_training_fields_that_would_do_nothing_are_refused(path: Path, told: Tol
     for stage in ("sft", "dpo", "verifier"):
         [line] = told(f"{stage}.training.doc_mask=true")
         assert line.startswith(f"{stage}.training.doc_mask=true has no effect here: only pretrain")
+    for stage in ("dpo", "verifier"):
+        [line] = told(f"{stage}.training.loss_chunk=64")
+        assert line.startswith(f"{stage}.training.loss_chunk=64 has no effect here: only pretrain")
     [line] = told("dpo.training.seq_len=20")
     assert line == (
         "dpo.training.seq_len=20 has no effect here: a row has max_prompt_tokens + "
@@ -185,9 +188,11 @@ def test_training_fields_that_would_do_nothing_are_refused(path: Path, told: Tol
 
 def test_what_all_stages_share_goes_where_it_does_something(path: Path) -> None:
     shared = ["training.doc_mask=true", "training.seq_len=20", "dpo.max_answer_tokens=50"]
+    shared.append("training.loss_chunk=64")
     config = load_config(path, shared)
     stages = (config.pretrain, config.sft, config.dpo, config.verifier)
     assert [s.training.doc_mask for s in stages] == [True, False, False, False]
+    assert [s.training.loss_chunk for s in stages] == [64, 64, 0, 0]
     assert [s.training.seq_len for s in stages] == [20, 20, 64 + 2 * 50, 20]
     assert type(config).model_validate(config.model_dump(mode="json")) == config
 

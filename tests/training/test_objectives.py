@@ -33,11 +33,14 @@ def batch(seed: int = 0, *, share: float = 0.5, docs: bool = False) -> TokenBatc
     return TokenBatch(tokens[:, :-1], labels, doc_ids)
 
 
+@pytest.mark.parametrize("chunk", [0, 5])
 @pytest.mark.parametrize("gather", [False, True])
 @pytest.mark.parametrize("docs", [False, True])
-def test_lm_loss_matches_float64_reference(make_model: Models, gather: bool, docs: bool) -> None:
+def test_lm_loss_matches_float64_reference(
+    make_model: Models, gather: bool, docs: bool, chunk: int
+) -> None:
     model, data = make_model(dropout=0.0), batch(docs=docs)
-    objective = LMObjective(gather=gather)
+    objective = LMObjective(gather=gather, chunk=chunk)
     actual = objective(model, data).loss_sum
     logits = model(data.tokens_BT, doc_ids_BT=data.doc_ids_BT).detach()
     assert float(actual.detach()) == pytest.approx(
@@ -48,12 +51,14 @@ def test_lm_loss_matches_float64_reference(make_model: Models, gather: bool, doc
     assert objective.scored(data) == (supervised if gather else data.n_tokens)
 
 
-@pytest.mark.parametrize("gather", [False, True])
-def test_gathered_logits_give_the_same_gradient(make_model: Models, gather: bool) -> None:
+@pytest.mark.parametrize(("gather", "chunk"), [(True, 0), (False, 5), (True, 5)])
+def test_gathered_or_chunked_logits_give_the_same_gradient(
+    make_model: Models, gather: bool, chunk: int
+) -> None:
     grads = []
-    for choice in (False, gather):
+    for objective in (LMObjective(), LMObjective(gather=gather, chunk=chunk)):
         model = make_model(dropout=0.0)
-        LMObjective(gather=choice)(model, batch(share=0.2)).loss_sum.backward()
+        objective(model, batch(share=0.2)).loss_sum.backward()
         grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-5, atol=1e-6)
 
@@ -75,6 +80,22 @@ def test_loss_is_float32_for_logits_in_bfloat16() -> None:
     assert loss.dtype == torch.float32
     expected = reference_loss_sum(logits[None].float(), labels[None])
     assert float(loss) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_chunked_loss_calls_the_model_once_and_gets_no_logits() -> None:
+    """Wrappers that shard or synchronise act on the call of the model; the loss is inside it."""
+    seen: list[dict[str, Any]] = []
+
+    class Spy(nn.Module):
+        def forward(self, tokens_BT: torch.Tensor, **options: Any) -> torch.Tensor:
+            seen.append(options)
+            return torch.tensor(3.5)
+
+    data = batch()
+    assert LMObjective(chunk=5)(Spy(), data).loss_sum == 3.5
+    [options] = seen
+    assert options["labels_M"] is data.labels_BT
+    assert options["loss_chunk"] == 5
 
 
 def test_positions_of_packed_examples_reach_the_model() -> None:

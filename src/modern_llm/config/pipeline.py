@@ -25,7 +25,11 @@ STAGES = ("pretrain", "sft", "dpo", "verifier", "eval")
 TRAINED_STAGES = STAGES[:-1]
 LOGGING = ("log_every", "grad_log_every", "save_every", "keep_last", "trackers")
 # What a stage does not take from the section that all share, because it would do nothing there.
-NOT_SHARED = {"sft": {"doc_mask"}, "dpo": {"doc_mask", "seq_len"}, "verifier": {"doc_mask"}}
+NOT_SHARED = {
+    "sft": {"doc_mask"},
+    "dpo": {"doc_mask", "loss_chunk", "seq_len"},
+    "verifier": {"doc_mask", "loss_chunk"},
+}
 
 
 class StageConfig(Schema):
@@ -289,6 +293,12 @@ class PipelineConfig(Schema):
             "in a row (sft always keeps its examples apart)"
             for stage in NOT_SHARED
             if self.stage(stage).training.doc_mask
+        ]
+        problems += [
+            f"{stage}.training.loss_chunk={chunk} has no effect here: only pretrain and sft have a "
+            "loss that is summed up chunk by chunk"
+            for stage, fields in NOT_SHARED.items()
+            if "loss_chunk" in fields and (chunk := self.stage(stage).training.loss_chunk)
         ]
         given, row = self.dpo.training.seq_len, _pair_tokens(vars(self.dpo))
         if given != row:

@@ -37,6 +37,7 @@ class TrainingConfig(Schema):
     max_grad_norm: PositiveFloat = 1.0
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"  # auto: what the device is fast in
     compile: bool = False
+    loss_chunk: NonNegativeInt = 0  # pretrain, sft: tokens whose logits stand at once; 0: all
     activation_checkpointing: bool = False
     doc_mask: bool = False  # pretrain: documents packed in one row do not see each other
     distributed: Component = Component("none")  # none, ddp, zero1 or fsdp

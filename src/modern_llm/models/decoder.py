@@ -17,6 +17,7 @@ from modern_llm.models.dims import Dims
 from modern_llm.models.initialize import calm_tied_logits, initialize, initialize_again
 from modern_llm.models.kv_cache import KVCache, StateCache, StreamingCache
 from modern_llm.models.linear import Linear
+from modern_llm.models.loss import IGNORE, chunk_loss, chunked_loss_sum
 from modern_llm.models.masks import Piece, Window, additive, document_positions, visible_keys
 from modern_llm.models.moe import Routing
 from modern_llm.models.norms import NORMS
@@ -64,6 +65,7 @@ class ModernDecoderLM(WeightsMixin):
         if not config.tie_embeddings:
             self.head = Linear(config.d_model, config.vocab_size, bias=False)
         self.activation_checkpointing = False
+        self._chunk_loss = chunk_loss
         self._routing: list[tuple[int, Routing]] = []
         initialize(self, config)
         if config.tie_embeddings:
@@ -75,13 +77,14 @@ class ModernDecoderLM(WeightsMixin):
         initialize_again(self, self.config)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile each block, in place, with the options of ``torch.compile``.
+        """Compile each block, in place, and the loss of a chunk; options as of ``torch.compile``.
 
         Equal blocks share one graph, so that any number of layers compiles in the time of one, and
         what is around them (``at_M``, the head, a value head) makes nothing compile again.
         """
         for block in self.blocks:
             block.compile(*args, **kwargs)
+        self._chunk_loss = torch.compile(chunk_loss, *args, **kwargs)
 
     def forward(
         self,
@@ -93,8 +96,10 @@ class ModernDecoderLM(WeightsMixin):
         pad_B: Tensor | None = None,
         cache: Cache | None = None,
         at_M: Tensor | None = None,
+        labels_M: Tensor | None = None,
+        loss_chunk: int = 0,
     ) -> Tensor:
-        """Logits ``(B, T, V)`` in the compute dtype (losses want ``.float()``).
+        """Logits ``(B, T, V)`` in the compute dtype (losses want ``.float()``), or a loss.
 
         Args:
             tokens_BT: token ids, int64.
@@ -105,20 +110,40 @@ class ModernDecoderLM(WeightsMixin):
             pad_B: tokens of left padding of each row; default with a cache: the cache's.
             cache: keys and values so far; it is extended by these tokens.
             at_M: flat indices into B*T; returns logits ``(M, V)`` there only.
+            labels_M: ``(B, T)``, or ``(M,)`` beside ``at_M``: ids, or -100; returns the sum in nats
+                of the cross entropy, a scalar in float32, in place of logits.
+            loss_chunk: tokens whose logits stand at once, for ``labels_M``; 0: all.
 
         Raises:
             ConfigError: more tokens than ``max_seq_len``, or than the cache has room for.
             ValueError: arguments that exclude each other.
         """
         hidden_BTD = self.hidden(
-            tokens_BT,
-            pos_BT=pos_BT,
-            doc_ids_BT=doc_ids_BT,
-            mask_BTS=mask_BTS,
-            pad_B=pad_B,
+            tokens_BT, pos_BT=pos_BT, doc_ids_BT=doc_ids_BT, mask_BTS=mask_BTS, pad_B=pad_B,
             cache=cache,
-        )
+        )  # fmt: skip
+        if loss_chunk and labels_M is None:
+            raise ValueError("loss_chunk is of the loss: it needs labels_M")
+        if labels_M is not None:
+            return self.loss_sum(hidden_BTD, labels_M, at_M=at_M, chunk=loss_chunk)
         return self.logits(hidden_BTD) if at_M is None else self.logits_at(hidden_BTD, at_M)
+
+    def loss_sum(
+        self, hidden_BTD: Tensor, labels_M: Tensor, *, at_M: Tensor | None, chunk: int
+    ) -> Tensor:
+        """Cross entropy without all logits at once; see `forward` and `chunked_loss_sum`."""
+        hidden_MD, labels_M = hidden_BTD.flatten(0, 1), labels_M.flatten()
+        if at_M is not None:  # as in `logits_at`
+            hidden_MD = hidden_MD[F.pad(at_M, (0, -at_M.shape[0] % ROWS))]
+            labels_M = F.pad(labels_M, (0, -at_M.shape[0] % ROWS), value=IGNORE)
+        return chunked_loss_sum(
+            hidden_MD, self.head_weight(), labels_M,
+            chunk=chunk, dtype=self.compute_dtype(), chunk_loss=self._chunk_loss,
+        )  # fmt: skip
+
+    def head_weight(self) -> Tensor:
+        """The head's matrix ``(V, D)``: a parameter of its own, or the embedding's."""
+        return self.embedding.weight if self.head is None else self.head.weight
 
     def logits_at(self, hidden_BTD: Tensor, at_M: Tensor) -> Tensor:
         """Logits ``(M, V)`` at flat indices into B*T.
@@ -132,7 +157,7 @@ class ModernDecoderLM(WeightsMixin):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``(..., D)`` from `hidden` -> ``(..., V)``."""
-        weight = self.embedding.weight if self.head is None else self.head.weight
+        weight = self.head_weight()
         return F.linear(hidden.to(weight.dtype), weight)
 
     def hidden(

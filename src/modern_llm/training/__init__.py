@@ -1,5 +1,6 @@
 """Layer 3: one Trainer for every stage, objectives, optimizers, schedules, checkpoints."""
 
+from modern_llm.models.loss import token_loss_sum
 from modern_llm.models.weights import model_weights
 from modern_llm.training.checkpoint import (
     Checkpoint,
@@ -12,7 +13,6 @@ from modern_llm.training.objectives import (
     LMObjective,
     Objective,
     Terms,
-    token_loss_sum,
     with_balance_loss,
 )
 from modern_llm.training.optim import OPTIMIZERS, Optimizers, build_optimizers

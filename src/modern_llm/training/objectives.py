@@ -11,9 +11,9 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from modern_llm.data.collate import IGNORE, TokenBatch
+from modern_llm.models.loss import token_loss_sum
 
 
 @dataclass(frozen=True)
@@ -47,35 +47,22 @@ class Objective(Protocol):
         """Loss and metrics of one micro-batch, summed over its units."""
 
 
-def token_loss_sum(logits_MV: Tensor, labels_M: Tensor) -> Tensor:
-    """Sum in nats of the cross entropy over labels that are not -100, in float32.
-
-    Args:
-        logits_MV: ``(..., V)`` in any floating dtype.
-        labels_M: ``(...)`` ids; -100 adds nothing, and a batch of only those gives 0, never NaN.
-    """
-    return F.cross_entropy(
-        logits_MV.reshape(-1, logits_MV.shape[-1]).float(),
-        labels_M.reshape(-1),
-        ignore_index=IGNORE,
-        reduction="sum",
-    )
-
-
 class LMObjective:
     """Next-token cross entropy over the labels of a ``TokenBatch``.
 
     Args:
         gather: compute logits only at supervised positions; pays when few tokens are supervised
             (SFT). It waits for the device once a micro-batch, so pretraining leaves it off.
-        compile: compile the loss; the model is compiled by the Trainer.
+        chunk: tokens whose logits stand at once; the model computes the loss then. 0: all, of which
+            a loss in float32 is taken here.
+        compile: compile the loss; the model is compiled by the Trainer, with its loss of a chunk.
     """
 
     unit = "token"
     likelihood = True
 
-    def __init__(self, *, gather: bool = False, compile: bool = False) -> None:
-        self.gather = gather
+    def __init__(self, *, gather: bool = False, chunk: int = 0, compile: bool = False) -> None:
+        self.gather, self.chunk = gather, chunk
         self._token_loss_sum = torch.compile(token_loss_sum) if compile else token_loss_sum
 
     def units(self, batch: TokenBatch) -> int:
@@ -94,7 +81,10 @@ class LMObjective:
             at_M = (labels.reshape(-1) != IGNORE).nonzero().squeeze(-1)
             labels = labels.reshape(-1)[at_M]
             options["at_M"] = at_M
-        loss_sum = self._token_loss_sum(model(batch.tokens_BT, **options), labels)
+        if self.chunk:
+            loss_sum = model(batch.tokens_BT, labels_M=labels, loss_chunk=self.chunk, **options)
+        else:
+            loss_sum = self._token_loss_sum(model(batch.tokens_BT, **options), labels)
         return with_balance_loss(model, Terms(loss_sum), (labels != IGNORE).sum())
 
 

@@ -86,7 +86,8 @@ class PretrainStage(TrainedStage):
 
     def objective(self) -> Objective:
         """Cross entropy of every token."""
-        return LMObjective(compile=self.section.training.compile)
+        training = self.section.training
+        return LMObjective(chunk=training.loss_chunk, compile=training.compile)
 
     def build_model(self) -> nn.Module:
         """A fresh decoder, or the checkpoint's."""

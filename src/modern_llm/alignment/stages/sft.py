@@ -82,7 +82,7 @@ class SFTStage(TrainedStage):
 
     def objective(self) -> Objective:
         """Cross entropy of answer tokens; only their logits are computed."""
-        return LMObjective(gather=True)
+        return LMObjective(gather=True, chunk=self.section.training.loss_chunk)
 
     def audit(self) -> dict[str, Any]:
         """Write ``mask_audit.txt``; a broken mask stops the stage here."""
