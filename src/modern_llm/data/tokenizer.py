@@ -55,6 +55,10 @@ class Tokenizer:
         self.special_ids = frozenset(ids)
         self.sha256 = hashlib.sha256(self.to_json().encode()).hexdigest()
 
+    def __reduce__(self) -> tuple[Callable[[str], "Tokenizer"], tuple[str]]:
+        """Another process gets it as the content of ``tokenizer.json``."""
+        return _from_json, (self.to_json(),)
+
     @property
     def kind(self) -> str:
         """How it cuts text: ``characters``, or the library's name of its model, such as ``BPE``."""
@@ -125,6 +129,10 @@ class Tokenizer:
                 "that keeps case, spaces and all characters, such as a byte-level BPE"
             )
         return tokenizer
+
+
+def _from_json(content: str) -> Tokenizer:
+    return Tokenizer(Backend.from_str(content))
 
 
 def build_tokenizer(
