@@ -166,9 +166,9 @@ def test_damage_without_a_trace_is_seen_where_all_is_hashed(tmp_path: Path) -> N
     [
         (
             {"tokenizer": "bb" * 32},
-            r"manifest\.json: made with tokenizer bbbbbb.*not aaaaaa",
+            r"manifest\.json: it was made with .* bbbbbb.*not aaaaaa",
         ),
-        ({"tokenizer": "aa" * 32, "x": 1}, r"manifest\.json: made with other data"),
+        ({"tokenizer": "aa" * 32, "x": 1}, r"manifest\.json: it was made with other data"),
     ],
 )
 def test_a_store_under_the_name_of_another(tmp_path: Path, key: dict[str, Any], told: str) -> None:
