@@ -29,7 +29,7 @@ Part = tuple[str, Callable[[], object]]  # what it is, and how it is had
 def prepare_data(config: PipelineConfig, stages: Sequence[str], *, jobs: int) -> int:
     """Have all that stages read on this disk: sources, tokenizer, token stores, baselines.
 
-    What stands is left; what is damaged is set aside and made anew.
+    What stands is read once and left; what is damaged is set aside and made anew.
 
     Args:
         config: of the run.
@@ -43,7 +43,7 @@ def prepare_data(config: PipelineConfig, stages: Sequence[str], *, jobs: int) ->
         DataError: parts cannot be had; names each of them, after all others were made.
     """
     stay_offline_if_unreachable()
-    with making(Making(jobs=jobs, repair=True)):
+    with making(Making(jobs=jobs, repair=True, verify=True)):
         return _go_through(config, stages)
 
 

@@ -13,11 +13,19 @@ from typing import Any
 from modern_llm.data.making import current
 from modern_llm.data.sources.hub import HubSet
 from modern_llm.errors import DataError, ProtectedPathError
-from modern_llm.runtime.artifacts import published_folder, sha256_file, sha256_json, write_json
-from modern_llm.runtime.logs import counted
+from modern_llm.runtime.artifacts import (
+    back_up,
+    published_folder,
+    sha256_file,
+    sha256_json,
+    write_json,
+)
+from modern_llm.runtime.logs import counted, get_logger
 
 FORMAT = 1
 ROWS, MANIFEST = "rows.jsonl", "manifest.json"
+
+log = get_logger(__name__)
 
 
 def copy_folder(hub: HubSet, split: str, cache_dir: Path) -> Path:
@@ -27,7 +35,7 @@ def copy_folder(hub: HubSet, split: str, cache_dir: Path) -> Path:
 
 
 def copy_set(hub: HubSet, split: str, wanted: str, cache_dir: Path) -> None:
-    """Copy a split from the hub, unless there is a copy.
+    """Copy a split from the hub, unless there is a copy, as `making` says.
 
     Args:
         hub: the set.
@@ -36,13 +44,20 @@ def copy_set(hub: HubSet, split: str, wanted: str, cache_dir: Path) -> None:
         cache_dir: where copies are.
 
     Raises:
-        DataError: the hub does not give it, or the copy that stands is damaged.
+        DataError: the hub does not give it, or the copy that stands is damaged or not to be made.
         ProtectedPathError: the folder cannot be written.
     """
     folder = copy_folder(hub, split, cache_dir)
     if folder.exists():
-        check_copy(folder, verify=True)
-        return
+        try:
+            check_copy(folder, verify=True)
+            return
+        except DataError as error:
+            if not current().repair:
+                raise
+            log.warning("%s; moved to %s and fetched again", error, back_up(folder).name)
+    if not current().build:
+        raise DataError(f"{hub.address}, {split} split: not copied ({folder} is not there)")
     try:
         with published_folder(folder) as staging:
             _write(staging, hub, split, wanted)
@@ -92,14 +107,12 @@ def copied_rows(hub: HubSet, split: str, cache_dir: Path) -> Iterator[tuple[str,
     """Raw rows of the copy with where each is from, as `HubSet.rows`; ``None`` without a copy.
 
     Raises:
-        DataError: the copy is damaged; or there is none and nothing is to be fetched.
+        DataError: the copy is damaged.
     """
     folder = copy_folder(hub, split, cache_dir)
     if not folder.exists():
-        if not current().build:
-            raise DataError(f"{hub.address}, {split} split: not copied ({folder} is not there)")
         return None
-    check_copy(folder, verify=current().verify)
+    check_copy(folder)
     return _read(folder / ROWS, hub.address, split)
 
 

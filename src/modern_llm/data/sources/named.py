@@ -8,7 +8,6 @@ from typing import Any
 
 from modern_llm.config import DataConfig
 from modern_llm.data.lookup import content_hash, find_local
-from modern_llm.data.making import current
 from modern_llm.data.sources.base import (
     DropRow,
     Malformed,
@@ -95,7 +94,7 @@ class NamedSource(Source):
     def fetch(self, split: str) -> None:
         """See `Source`; what is on the hub only is copied below the cache folder."""
         stored, _ = self.stored(check_split(split))
-        if current().build and not self.local(stored):
+        if not self.local(stored):
             for hub in self._hub_with(stored):
                 copy_set(hub, stored, self._wanted(stored), self.data.cache_dir)
         self.check(split)
