@@ -20,7 +20,9 @@ from modern_llm.data.writer import Encoded, encoded
 from modern_llm.errors import DataError
 
 T = TypeVar("T")
-BATCH_ROWS, BATCH_CHARS = 256, 1 << 20  # encoded in one call of the tokenizer
+BATCH_ROWS = 256  # encoded in one call of the tokenizer, or fewer:
+BATCH_CHARS = 1 << 20  # enough for its own threads
+JOB_CHARS = 1 << 18  # little enough for processes to end together
 ALONE_BATCHES = 2  # so few are encoded before a process has started
 AHEAD = 3  # batches a process that are read before the first of them is back
 
@@ -55,7 +57,7 @@ def encode_rows(
     Raises:
         DataError: as ``rows`` and ``encode``; a process was killed.
     """
-    batches = grouped(rows, BATCH_ROWS, _chars)
+    batches = grouped(rows, BATCH_ROWS, _chars, BATCH_CHARS if jobs == 1 else JOB_CHARS)
     work = partial(_encoded, encode, dtype, n_segments)
     first = list(itertools.islice(batches, ALONE_BATCHES + 1))
     if jobs == 1 or len(first) <= ALONE_BATCHES:
@@ -117,15 +119,18 @@ def _chars(row: Row) -> int:
 
 
 def grouped(
-    rows: Iterable[T], size: int, chars: Callable[[T], int] = lambda _: 0
+    rows: Iterable[T],
+    size: int,
+    chars: Callable[[T], int] = lambda _: 0,
+    max_chars: int = BATCH_CHARS,
 ) -> Iterator[list[T]]:
-    """Lists of up to ``size`` rows and about `BATCH_CHARS` characters."""
+    """Lists of up to ``size`` rows and about ``max_chars`` characters."""
     batch: list[T] = []
     seen = 0
     for row in rows:
         batch.append(row)
         seen += chars(row)
-        if len(batch) >= size or seen >= BATCH_CHARS:
+        if len(batch) >= size or seen >= max_chars:
             yield batch
             batch, seen = [], 0
     if batch:

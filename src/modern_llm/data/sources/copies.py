@@ -24,6 +24,7 @@ from modern_llm.runtime.logs import counted, get_logger
 
 FORMAT = 1
 ROWS, MANIFEST = "rows.jsonl", "manifest.json"
+WAY_OUT = "run 'modern-llm prepare-data' where there is a network, or copy it again"
 
 log = get_logger(__name__)
 
@@ -55,7 +56,7 @@ def copy_set(hub: HubSet, split: str, wanted: str, cache_dir: Path) -> None:
         except DataError as error:
             if not current().repair:
                 raise
-            log.warning("%s; moved to %s and fetched again", error, back_up(folder).name)
+            log.warning("%s; moved to %s, and fetched again", error, back_up(folder).name)
     if not current().build:
         raise DataError(f"{hub.address}, {split} split: not copied ({folder} is not there)")
     try:
@@ -92,15 +93,14 @@ def check_copy(folder: Path, *, verify: bool = False) -> None:
     path = folder / ROWS
     try:
         told = json.loads((folder / MANIFEST).read_text())
-        size = path.stat().st_size
-        good = size == told["bytes"] and (not verify or sha256_file(path) == told["sha256"])
+        size, wanted, sha256 = path.stat().st_size, told["bytes"], told["sha256"]
+        changed = verify and size == wanted and sha256_file(path) != sha256
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{folder}: not a whole copy of a hub set: {error!r}; remove it") from None
-    if not good:
-        raise DataError(
-            f"{path}: {size} bytes are not the {told['bytes']} that were written; remove {folder} "
-            "and run 'modern-llm prepare-data' where there is a network, or copy it again"
-        )
+        raise DataError(f"{folder}: not a whole copy of a hub set: {error!r}; {WAY_OUT}") from None
+    if size != wanted:
+        raise DataError(f"{path}: {size} bytes, the manifest says {wanted}; {WAY_OUT}")
+    if changed:
+        raise DataError(f"{path}: its content is not what was written; {WAY_OUT}")
 
 
 def copied_rows(hub: HubSet, split: str, cache_dir: Path) -> Iterator[tuple[str, Any]] | None:
