@@ -119,4 +119,8 @@ def copied_rows(hub: HubSet, split: str, cache_dir: Path) -> Iterator[tuple[str,
 def _read(path: Path, address: str, split: str) -> Iterator[tuple[str, Any]]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            yield f"{address} {split} row {number}", json.loads(line)
+            try:
+                row = json.loads(line)
+            except ValueError:
+                raise DataError(f"{path}:{number}: not what was written; {WAY_OUT}") from None
+            yield f"{address} {split} row {number}", row

@@ -74,6 +74,8 @@ class HubSet:
                 split=self.splits[split],
                 revision=self.revision,
             )
+            for number, row in enumerate(table, start=1):
+                yield f"{self.address} {split} row {number}", row
         except Exception as error:  # network, hub and library all have their own kinds
             raise DataError(
                 f"{self.repository}: the {split} split is not below {ROOT_VARIABLE} and the hub "
@@ -82,8 +84,6 @@ class HubSet:
                 f"reach the hub once for {self.address}, or run 'modern-llm prepare-data' with "
                 "this config where it can be reached"
             ) from error
-        for number, row in enumerate(table, start=1):
-            yield f"{self.address} {split} row {number}", row
 
 
 def resolved(repository: str, revision: str) -> str:
