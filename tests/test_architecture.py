@@ -64,7 +64,9 @@ DOORS = {  # library -> the modules (or packages) that may import it
 WRITERS = {  # file -> why it may write: everything else goes through runtime/artifacts.py
     "runtime/artifacts.py": "the writer",
     "training/checkpoint.py": "fills the staging folder of artifacts.published_folder",
-    "data/store.py": "fills the staging folder of artifacts.published_folder",
+    "data/store.py": "publishes what data/writer.py has filled, by one rename",
+    "data/sources/copies.py": "fills the staging folder of artifacts.published_folder",
+    "data/writer.py": "fills the staging folder of data/store.py, shard by shard",
     "interop/transformers_export.py": "fills the staging folder of artifacts.published_folder",
     "training/retention.py": "prunes checkpoints: one rename out of sight, then removal",
 }

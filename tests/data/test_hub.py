@@ -1,6 +1,7 @@
 import subprocess
 import sys
 import types
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -146,3 +147,63 @@ def test_unreachable_hub_is_not_asked_again_and_again(proxy: bool) -> None:
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
     )
     assert out.stdout.strip() == ("None" if proxy else "1")
+
+
+# ---- copies for machines without a network
+
+
+def test_a_copy_is_read_in_place_of_the_hub(data: DataConfig, fake: FakeHub) -> None:
+    fake.tables["openai/gsm8k"] = [{"question": f"q{i}", "answer": "#### 1"} for i in range(40)]
+    source = make(data, "gsm8k")
+    before = [list(source.rows(split)) for split in SPLITS]
+    print_before = source.fingerprint()
+    for split in SPLITS:
+        source.fetch(split)
+    fake.calls.clear()
+    del fake.tables["openai/gsm8k"]
+    for split in SPLITS:
+        source.fetch(split)
+        source.check(split)
+    assert [list(source.rows(split)) for split in SPLITS] == before
+    assert source.fingerprint() == print_before and fake.calls == []
+    assert len(list((data.cache_dir / "hub").iterdir())) == 2  # train serves validation too
+
+
+def test_a_copy_that_fails_half_way_leaves_nothing(data: DataConfig, fake: FakeHub) -> None:
+    def rows() -> Iterator[dict[str, str]]:
+        yield {"question": "q", "answer": "#### 1"}
+        raise ConnectionError("the line is cut")
+
+    fake.tables["openai/gsm8k"] = rows()  # type: ignore[assignment]
+    with pytest.raises(DataError, match="ConnectionError: the line is cut"):
+        make(data, "gsm8k").fetch("train")
+    assert list((data.cache_dir / "hub").iterdir()) == []
+
+
+def test_another_process_may_copy_the_same_set_first(
+    data: DataConfig, fake: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake.tables["openai/gsm8k"] = [{"question": "q", "answer": "#### 1"}]
+    first, second = make(data, "gsm8k"), make(data, "gsm8k")
+    load = fake.load_dataset
+
+    def slow(*arguments: Any, **options: Any) -> list[Any]:
+        monkeypatch.setattr(sys.modules["datasets"], "load_dataset", load)
+        first.fetch("test")  # while the second one loads
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(sys.modules["datasets"], "load_dataset", slow)
+    second.fetch("test")
+    (copy,) = (data.cache_dir / "hub").iterdir()
+    assert sorted(p.name for p in copy.iterdir()) == ["manifest.json", "rows.jsonl"]
+    assert len(list(second.rows("test"))) == 1
+
+
+def test_a_row_that_was_altered_is_named(data: DataConfig, fake: FakeHub) -> None:
+    fake.tables["openai/gsm8k"] = [{"question": "q", "answer": "#### 1"}] * 2
+    source = make(data, "gsm8k")
+    source.fetch("test")
+    (path,) = (data.cache_dir / "hub").glob("*/rows.jsonl")
+    path.write_bytes(path.read_bytes().replace(b'{"question"', b'("question"'))
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: not what was written; run 'modern-llm"):
+        list(source.rows("test"))

@@ -1,16 +1,19 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from modern_llm.data import lookup
+from modern_llm.data.making import Making, making
 from modern_llm.data.sources import RowCounts
 from modern_llm.data.store import TokenStore, build_store
 from modern_llm.errors import DataError
@@ -32,10 +35,10 @@ def test_records_come_back(tmp_path: Path) -> None:
     assert [[list(s) for s in store.record(i)] for i in range(3)] == [
         list(map(list, r[:2])) for r in RECORDS
     ]
-    assert store.offsets.tolist() == [[0, 3, 4], [4, 5, 5], [5, 5, 7]]
+    assert store.bounds(np.arange(3)).tolist() == [[0, 3, 4], [4, 5, 5], [5, 5, 7]]
     assert store.lengths().tolist() == [[3, 1], [1, 0], [0, 2]]
     assert store.columns["label"].tolist() == [0.5, 1.0, 0.0]
-    assert isinstance(store.tokens, np.memmap)
+    assert isinstance(store.tokens[:], np.memmap)
 
 
 @pytest.mark.parametrize(("n_vocab", "dtype"), [(65536, np.uint16), (65537, np.uint32)])
@@ -81,43 +84,102 @@ def test_fingerprint_is_of_the_content(tmp_path: Path) -> None:
 
 def test_manifest_holds_sizes_and_hashes(tmp_path: Path) -> None:
     counts = RowCounts(dropped={"empty answer": 4})
-    store = build(tmp_path, counts=counts, sources=[{"source": "x", "rows": 3}])
+    store = build(tmp_path, counts=counts)
     manifest = json.loads((store.folder / "manifest.json").read_text())
     names = {p.name for p in store.folder.iterdir()} - {"manifest.json"}
-    assert set(manifest["files"]) == names
-    for name, entry in manifest["files"].items():
-        assert {k: v for k, v in entry.items() if k != "mtime_ns"} == {
-            "bytes": (store.folder / name).stat().st_size,
-            "sha256": sha256_file(store.folder / name),
-        }
+    (shard,) = manifest["shards"]
+    assert (shard["rows"], shard["tokens"]) == (3, 7) and set(shard["files"]) == names
+    for name, entry in shard["files"].items():
+        state = (store.folder / name).stat()
+        sha256 = sha256_file(store.folder / name)
+        assert entry == {"bytes": state.st_size, "mtime_ns": state.st_mtime_ns, "sha256": sha256}
     again = TokenStore(store.folder)
     assert again.counts.dropped == {"empty answer": 4} and again.counts.kept == 3
-    assert again.sources == [{"source": "x", "rows": 3}]
 
 
-def test_damage_is_seen_and_built_again(tmp_path: Path) -> None:
-    store = build(tmp_path)
-    path = store.folder / "tokens.bin"
+# ---- damage
+
+
+def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(DataError, match=r"tokens\.bin: 13 bytes"):
+
+
+def flip(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (cut, r"tokens-00000\.bin: 13 bytes, the manifest says 14"),
+        (flip, r"tokens-00000\.bin: its content is not what was written"),
+        (Path.unlink, r"tokens-00000\.bin: No such file.*copied in part"),
+    ],
+)
+def test_damage_is_told_and_mended_when_asked(
+    tmp_path: Path, damage: Callable[[Path], None], told: str
+) -> None:
+    store = build(tmp_path)
+    damage(store.folder / "tokens-00000.bin")
+    with pytest.raises(DataError, match=told):
         TokenStore(store.folder)
-    again = build(tmp_path)
-    assert again.fingerprint == store.fingerprint
+    with pytest.raises(DataError, match=told + r".*; run 'modern-llm prepare-data'"):
+        build(tmp_path, unread())
+    with making(Making(repair=True)):
+        assert build(tmp_path).fingerprint == store.fingerprint
+    assert build(tmp_path, unread()).fingerprint == store.fingerprint
     assert any(p.name.startswith("damaged-") for p in (tmp_path / "stores").iterdir())
 
 
-def test_one_changed_byte_is_seen(tmp_path: Path) -> None:
+def test_a_file_with_another_time_is_hashed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = build(tmp_path)
-    path = store.folder / "tokens.bin"
-    content = path.read_bytes()
-    path.write_bytes(content)  # touched, but the same: hashed and accepted
-    assert TokenStore(store.folder).fingerprint == store.fingerprint
-    path.write_bytes(bytes([content[0] ^ 1]) + content[1:])
-    with pytest.raises(DataError, match=r"tokens\.bin: its content"):
-        TokenStore(store.folder)
+    path = store.folder / "tokens-00000.bin"
+    path.write_bytes(path.read_bytes())  # as a copy that does not keep times
+    assert build(tmp_path, unread()).fingerprint == store.fingerprint
+
+    def hashed(path: Path) -> str:
+        raise AssertionError(f"{path} is hashed again")
+
+    monkeypatch.setattr(lookup, "sha256_file", hashed)
+    assert build(tmp_path, unread()).fingerprint == store.fingerprint
 
 
-@pytest.mark.parametrize("manifest", ["", "[]", '{"format": 99}', '{"format": 1}'])
+def test_damage_without_a_trace_is_seen_where_all_is_hashed(tmp_path: Path) -> None:
+    store = build(tmp_path)
+    path = store.folder / "tokens-00000.bin"
+    state = path.stat()
+    flip(path)
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+    build(tmp_path, unread())
+    with (
+        making(Making(verify=True)),
+        pytest.raises(DataError, match=r"tokens-00000\.bin: its content"),
+    ):
+        build(tmp_path, unread())
+
+
+@pytest.mark.parametrize(
+    ("key", "told"),
+    [
+        (
+            {"tokenizer": "bb" * 32},
+            r"manifest\.json: it was made with .* bbbbbb.*not aaaaaa",
+        ),
+        ({"tokenizer": "aa" * 32, "x": 1}, r"manifest\.json: it was made with other data"),
+    ],
+)
+def test_a_store_under_the_name_of_another(tmp_path: Path, key: dict[str, Any], told: str) -> None:
+    ours, other = build(tmp_path, key={"tokenizer": "aa" * 32}), build(tmp_path, key=key)
+    shutil.rmtree(ours.folder)
+    other.folder.rename(ours.folder)
+    with pytest.raises(DataError, match=told + r".*run 'modern-llm prepare-data'"):
+        build(tmp_path, unread(), key={"tokenizer": "aa" * 32})
+
+
+@pytest.mark.parametrize("manifest", ["", "[]", '{"format": 99}', '{"format": 2}'])
 def test_not_a_store(tmp_path: Path, manifest: str) -> None:
     (tmp_path / "manifest.json").write_text(manifest)
     with pytest.raises(DataError):

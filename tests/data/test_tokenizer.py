@@ -1,5 +1,7 @@
 import json
+import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -8,6 +10,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from modern_llm.config import DataConfig, TokenizerConfig
+from modern_llm.data.making import Making, making
 from modern_llm.data.tokenizer import MIN_IDS, SPECIALS, Tokenizer, build_tokenizer
 from modern_llm.errors import ConfigError, DataError
 
@@ -196,6 +199,38 @@ def test_gpt2_from_local_files(real_data: DataConfig) -> None:
     typed = "<|endoftext|> <|eos|> caf\u00e9\n"
     assert made.decode(made.encode(typed)) == typed
     assert 50256 not in made.encode(typed)
+
+
+def test_gpt2_from_the_hub_is_asked_for_once(
+    data: DataConfig, real_data: DataConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, asked = TokenizerConfig(name="gpt2"), []
+    sizes = {"vocab_size": 50304, "texts": lambda: iter([])}
+    local = build_tokenizer(config, data=real_data, **sizes)
+
+    class Hub:
+        @staticmethod
+        def from_pretrained(name: str, *, revision: str) -> Any:
+            asked.append((name, revision))
+            return Backend.from_str(local.to_json())
+
+    monkeypatch.setattr("modern_llm.data.tokenizer.Backend", Hub)
+    with (
+        making(Making(build=False)),
+        pytest.raises(DataError, match=r"'gpt2': not prepared \(.*gpt2-607a.*\.json is not there"),
+    ):
+        build_tokenizer(config, data=data, **sizes)
+    Hub.from_file = Backend.from_file  # type: ignore[attr-defined]
+    first, second = (build_tokenizer(config, data=data, **sizes) for _ in range(2))
+    assert first.sha256 == second.sha256 == local.sha256
+    assert len(asked) == 1 and len(asked[0][1]) == 40
+
+
+def test_another_process_gets_the_same_tokenizer(tokenizer: Tokenizer) -> None:
+    copy = pickle.loads(pickle.dumps(tokenizer))
+    text = "typed <|eos|> caf\u00e9 42"
+    assert copy.sha256 == tokenizer.sha256 and copy.encode(text) == tokenizer.encode(text)
+    assert copy.eos_id not in copy.encode(text)
 
 
 def test_gpt2_neither_local_nor_hub(data: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:

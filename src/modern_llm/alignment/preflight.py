@@ -175,27 +175,11 @@ class Preflight:
             yield partial(_check_device, "eval", tasks.device, tasks.precision)
         yield self._check_lengths
         yield self._check_tokenizer
-        for source, split, kinds in self._sources():
+        for source, split, kinds in sources_of(self.config, self.stages):
             yield partial(_check_source, source, split, kinds, self.config.data)
         yield self._check_parent
         yield self._check_lineage
         yield self._check_output
-
-    def _sources(self) -> Iterator[tuple[SourceConfig, str, tuple[str, ...]]]:
-        """Every source with the split that is read of it, and the kinds of rows that will do."""
-        for stage in self.trained:
-            section, kinds = self.config.stage(stage), STAGE_KINDS[stage]
-            yield from ((source, "train", kinds) for source in section.data)
-            held_out = section.data if section.validation is None else section.validation
-            yield from ((source, "validation", kinds) for source in held_out)
-        if "eval" in self.stages:
-            tasks = self.config.eval
-            yield from ((task.source, task.split, ("text",)) for task in tasks.perplexity)
-            yield from ((task.source, task.split, ANSWERED) for task in tasks.text_metrics)
-            if tasks.reasoning:
-                yield tasks.reasoning.source, tasks.reasoning.split, ("problems",)
-            if tasks.preference:
-                yield tasks.preference.source, tasks.preference.split, ("pairs",)
 
     def _check_lengths(self) -> None:
         """Prompts keep room beside what is generated or trained on."""
@@ -303,6 +287,25 @@ class Preflight:
                 f"{paths.output}: {free_gb:.3g} GB free, the checkpoints take up to "
                 f"{self.disk_gb():.3g} GB; free space or give another --output-dir"
             )
+
+
+def sources_of(
+    config: PipelineConfig, stages: Sequence[str]
+) -> Iterator[tuple[SourceConfig, str, tuple[str, ...]]]:
+    """Every source with the split that is read of it, and the kinds of rows that will do."""
+    for stage in (stage for stage in stages if stage in TRAINED_STAGES):
+        section, kinds = config.stage(stage), STAGE_KINDS[stage]
+        yield from ((source, "train", kinds) for source in section.data)
+        held_out = section.data if section.validation is None else section.validation
+        yield from ((source, "validation", kinds) for source in held_out)
+    if "eval" in stages:
+        tasks = config.eval
+        yield from ((task.source, task.split, ("text",)) for task in tasks.perplexity)
+        yield from ((task.source, task.split, ANSWERED) for task in tasks.text_metrics)
+        if tasks.reasoning:
+            yield tasks.reasoning.source, tasks.reasoning.split, ("problems",)
+        if tasks.preference:
+            yield tasks.preference.source, tasks.preference.split, ("pairs",)
 
 
 def _nearest(path: Path) -> Path:

@@ -49,7 +49,7 @@ def reference_logprobs(
         log.warning("%s is damaged; computed again", path)
     reference = model()
     device = next(reference.parameters()).device
-    order = np.argsort(store.offsets[:, -1] - store.offsets[:, 0], kind="stable")
+    order = np.argsort(store.lengths().sum(axis=1), kind="stable")
     values = np.empty((len(store), 2), dtype=np.float32)
     with torch.inference_mode(), autocast(device, precision):
         starts = range(0, len(order), batch_size)

@@ -14,11 +14,12 @@ from torch import nn
 
 from modern_llm.alignment.preferences import pair_logprobs
 from modern_llm.alignment.sampling import Answer, continue_text, sample_texts
-from modern_llm.config import EvalTask, PipelineConfig, ReasoningTask
+from modern_llm.config import EvalTask, PipelineConfig, PreferenceTask, ReasoningTask
 from modern_llm.data.collate import collate_pairs
 from modern_llm.data.prepare import pair_store
 from modern_llm.data.sources import open_source
 from modern_llm.data.sources.base import RowCounts
+from modern_llm.data.store import TokenStore
 from modern_llm.data.templates import answer_ids, prompt_text, prompts_ids
 from modern_llm.data.tokenizer import Tokenizer
 from modern_llm.evaluation.baselines import load_baseline
@@ -51,6 +52,17 @@ class PolicyScores:
     results: list[Result] = field(default_factory=list)
     samples: list[dict[str, str]] = field(default_factory=list)
     pair_logprobs: Any = None
+
+
+def preference_store(
+    config: PipelineConfig, task: PreferenceTask, tokenizer: Tokenizer
+) -> TokenStore:
+    """Held-out pairs of a task, cut as DPO cuts its own."""
+    return pair_store(
+        [open_source(task.source, config.data)], task.split, tokenizer, config.data,
+        max_prompt=config.dpo.max_prompt_tokens, max_answer=config.dpo.max_answer_tokens,
+        max_rows=task.max_pairs,
+    )  # fmt: skip
 
 
 class Suite:
@@ -177,11 +189,7 @@ class Suite:
         """Accuracy on held-out pairs, and their log-probabilities ``(P, 2)``."""
         task = self.tasks.preference
         assert task is not None
-        store = pair_store(
-            [open_source(task.source, self.config.data)], task.split, tokenizer, self.config.data,
-            max_prompt=self.config.dpo.max_prompt_tokens,
-            max_answer=self.config.dpo.max_answer_tokens, max_rows=task.max_pairs,
-        )  # fmt: skip
+        store = preference_store(self.config, task, tokenizer)
         pairs_P2 = np.concatenate(
             [
                 self._pair_batch(

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from modern_llm import __version__
 from modern_llm.cli import experiments, listing, models, pipeline, sinks
-from modern_llm.cli.arguments import add_config
 from modern_llm.errors import ModernLLMError
 from modern_llm.registry import load_plugin
 
@@ -76,7 +75,11 @@ COMMANDS = {
     "experiment-sinks": Command(
         "losses beyond the context with windows and attention sinks", sinks.arguments, sinks.run
     ),
-    "prepare-data": Command("tokenize the data of a config ahead", add_config, pipeline.prepare),
+    "prepare-data": Command(
+        "fetch and tokenize the data of a config ahead, or check that it is there",
+        pipeline.prepare_arguments,
+        pipeline.prepare,
+    ),
     "experiment": Command(
         "train the arms of a study and compare them", experiments.study_arguments, experiments.study
     ),

@@ -1,6 +1,7 @@
 """Commands that train, evaluate and report."""
 
 import argparse
+import os
 import shlex
 from pathlib import Path
 
@@ -186,10 +187,33 @@ def verify(args: argparse.Namespace) -> int:
     return 1 if problems else 0
 
 
-def prepare(args: argparse.Namespace) -> int:
-    """Tokenize all data of a config."""
-    config = load_config(args.config, args.overrides)
-    from modern_llm.alignment.preparation import prepare_data
+def prepare_arguments(parser: argparse.ArgumentParser) -> None:
+    """Config, stages, and whether to make or to look."""
+    add_config(parser)
+    parser.add_argument("--stage", default="all", choices=[*STAGES, "all"])
+    parser.add_argument(
+        "--jobs", type=int, metavar="N",
+        help="processes that encode (default: the processors that this process may use)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--check", action="store_true",
+        help="make nothing: exit code 3 when something is missing or damaged (reads every byte)",
+    )  # fmt: skip
 
-    prepare_data(config)
+
+def prepare(args: argparse.Namespace) -> int:
+    """Fetch and tokenize all data of a config, or look whether it is there."""
+    config = load_config(args.config, args.overrides)
+    if args.jobs is not None and (args.jobs < 1 or args.check):
+        why = "--check has no use for it" if args.check else "at least 1"
+        raise ConfigError(f"--jobs {args.jobs}: {why}")
+    from modern_llm.alignment.preparation import check_data, prepare_data
+
+    stages = STAGES if args.stage == "all" else (args.stage,)
+    if args.check:
+        command = [word for word in ("modern-llm", *args.command) if word != "--check"]
+        parts = check_data(config, stages, way_out=shlex.join(command))
+    else:
+        parts = prepare_data(config, stages, jobs=args.jobs or len(os.sched_getaffinity(0)))
+    print(f"ready: all {parts} parts of {config.name} are below {config.data.cache_dir}")
     return 0

@@ -163,13 +163,13 @@ def _width(lengths: NDArray[np.int64]) -> int:
 
 def _gather(store: TokenStore, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], ...]:
     """Padded tokens ``(B, T)``, positions in the row ``(1, T)`` and segment ends ``(B, k)``."""
-    store.note_reads(len(rows))
-    bounds = np.asarray(store.offsets[rows])
+    store.shards.note_reads(len(rows))
+    bounds = store.bounds(rows)
     ends = bounds[:, 1:] - bounds[:, :1]
     t = np.arange(_width(ends[:, -1]))[None, :]
-    inside = t < ends[:, -1:]
-    flat = np.where(inside, bounds[:, :1] + t, bounds[:, :1])
-    tokens = np.where(inside, store.tokens[flat].astype(np.int64), store.pad_id)
+    tokens = np.full((len(rows), t.shape[1]), store.pad_id, dtype=np.int64)
+    for row, (begin, end) in zip(tokens, bounds[:, [0, -1]].tolist(), strict=True):
+        row[: end - begin] = store.shards.span(begin, end)
     return tokens, t, ends
 
 

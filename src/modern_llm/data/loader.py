@@ -300,7 +300,7 @@ class BucketLoader(_StepLoader[B]):
     ) -> None:
         super().__init__(batch_size, micro_batch_size, ranks)
         self.store, self.seed, self.collate = store, seed, collate
-        self.lengths = np.asarray(store.offsets[:, -1] - store.offsets[:, 0])
+        self.lengths = store.lengths().sum(axis=1)
         self.steps_per_epoch = -(-len(store) // batch_size)
         self.fingerprint = sha256_json(["bucket", store.fingerprint, batch_size, seed])
 

@@ -64,7 +64,16 @@ def open_text(path: Path) -> Iterator[IO[str]]:
 
 
 def content_hash(path: Path, data: DataConfig) -> str:
-    """Hex sha256 of a file; remembered under the cache folder by path, size and time of change.
+    """Hex sha256 of a file, remembered under the cache folder.
+
+    Raises:
+        DataError: no such file.
+    """
+    return remembered_hash(path, data.cache_dir / "hashes")
+
+
+def remembered_hash(path: Path, folder: Path) -> str:
+    """Hex sha256 of a file; remembered in ``folder`` by path, size and time of change.
 
     Raises:
         DataError: no such file.
@@ -72,7 +81,7 @@ def content_hash(path: Path, data: DataConfig) -> str:
     try:
         state = path.stat()
         key = sha256_json([str(path.resolve()), state.st_size, state.st_mtime_ns, state.st_ino])
-        memo = data.cache_dir / "hashes" / f"{key[:32]}.txt"
+        memo = folder / f"{key[:32]}.txt"
         if memo.is_file() and len(known := memo.read_text().strip()) == 64:
             return known
         digest = sha256_file(path)

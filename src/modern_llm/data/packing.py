@@ -45,11 +45,13 @@ class TextRows:
     def read(self, rows: Ints) -> Arrays:
         """See `Rows`."""
         store, width = self.store, self.seq_len
-        store.note_reads(len(rows))
+        store.shards.note_reads(len(rows))
         at = rows[:, None] * width + np.arange(width + 1)
         real = at < store.n_tokens
-        stream = np.where(real, store.tokens[np.minimum(at, store.n_tokens - 1)], store.pad_id)
-        stream = stream.astype(np.int64)
+        stream = np.full(at.shape, store.pad_id, dtype=np.int64)
+        for ids, begin in zip(stream, at[:, 0].tolist(), strict=True):
+            end = min(begin + width + 1, store.n_tokens)
+            ids[: end - begin] = store.shards.span(begin, end)
         learned = real[:, 1:]
         if self.doc_mask:
             docs, pos = self._documents(at)
@@ -65,11 +67,8 @@ class TextRows:
         """Document of each token of the store, and the token's position in it within the row."""
         docs = np.empty_like(at)
         begins = np.empty_like(at)
-        starts = self.store.offsets[:, 0]
         for row, positions in enumerate(at):
-            first = int(np.searchsorted(starts, positions[0], "right")) - 1
-            last = int(np.searchsorted(starts, positions[-1], "right"))
-            near = np.asarray(starts[first:last])
+            first, near = self.store.shards.documents(int(positions[0]), int(positions[-1]))
             local = np.searchsorted(near, positions, "right") - 1
             docs[row] = local + first
             begins[row] = near[local]
@@ -90,7 +89,7 @@ class PackedRows:
 
     def __init__(self, store: TokenStore, seq_len: int, *, seed: int) -> None:
         self.store, self.seq_len = store, seq_len
-        lengths = np.asarray(store.offsets[:, -1] - store.offsets[:, 0])
+        lengths = store.lengths().sum(axis=1)
         if lengths.max() > seq_len:
             raise ConfigError(
                 f"an example has {lengths.max()} tokens, more than seq_len={seq_len}; "
@@ -104,13 +103,13 @@ class PackedRows:
     def read(self, rows: Ints) -> Arrays:
         """See `Rows`."""
         store, width = self.store, self.seq_len
-        store.note_reads(len(rows))
+        store.shards.note_reads(len(rows))
         counts = self.starts[rows + 1] - self.starts[rows]
         first = np.cumsum(counts) - counts  # of each row among the examples below
         examples = np.concatenate(
             [self.examples[self.starts[r] : self.starts[r + 1]] for r in rows]
         )
-        bounds = np.asarray(store.offsets[examples])
+        bounds = store.bounds(examples)
         lengths = bounds[:, 2] - bounds[:, 0]
         before = np.cumsum(lengths) - lengths  # tokens in front of each example
         row_of = np.repeat(np.arange(len(rows)), counts)
@@ -118,7 +117,8 @@ class PackedRows:
         of = np.repeat(np.arange(len(examples)), lengths)  # example of each token
         within = np.arange(len(of)) - before[of]
         place = row_of[of] * width + before[of] - before[first][row_of[of]] + within
-        ids = store.tokens[bounds[of, 0] + within].astype(np.int64)
+        spans = (store.shards.span(begin, end) for begin, end in bounds[:, [0, 2]].tolist())
+        ids = np.concatenate(list(spans)).astype(np.int64)
         answer_from = (bounds[:, 1] - bounds[:, 0])[of] - 1  # here the first answer token is next
         learned = (within >= answer_from) & (within < lengths[of] - 1)
 

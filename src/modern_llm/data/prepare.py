@@ -1,13 +1,23 @@
-"""From sources to token stores: what is encoded, what is cut, what is left out and counted."""
+"""From sources to token stores: what is read, what is left out and counted."""
 
 import hashlib
 import itertools
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
 
 from modern_llm.config import DataConfig
+from modern_llm.data.encoders import (
+    Encode,
+    InstructEncoder,
+    PairEncoder,
+    Row,
+    TextEncoder,
+    prompt_of,
+)
+from modern_llm.data.making import current
 from modern_llm.data.sources.base import RowCounts, Source
-from modern_llm.data.store import Record, TokenStore, build_store
+from modern_llm.data.store import TokenStore, build_from_batches, build_store, token_dtype
 from modern_llm.data.templates import (
     MIN_PROMPT_TOKENS,
     TEMPLATE_HASH,
@@ -17,15 +27,12 @@ from modern_llm.data.templates import (
     truncate_prompt,
 )
 from modern_llm.data.tokenizer import Tokenizer
+from modern_llm.data.workers import BATCH_ROWS, encode_rows, grouped
+from modern_llm.data.writer import Encoded, Record
 from modern_llm.errors import ConfigError
 from modern_llm.runtime.artifacts import sha256_json
 
-T = TypeVar("T")
-Row = dict[str, Any]
 FORMAT = 2  # raised when the same rows give other records
-BATCH_ROWS, BATCH_CHARS = 256, 1 << 20  # encoded in one call of the tokenizer
-
-Encode = Callable[[list[Row]], Iterator["Record | str"]]  # a record, or the reason to drop the row
 
 
 def text_store(
@@ -49,13 +56,8 @@ def text_store(
         DataError: the data cannot be had, is malformed, or nothing is left.
         ConfigError: a source of another kind.
     """
-
-    def encode(rows: list[Row]) -> Iterator[Record]:
-        for ids in tokenizer.encode_batch([row["text"] for row in rows]):
-            yield ([tokenizer.bos_id, *ids, tokenizer.eos_id],)
-
     job = _Job("text", ("text",), sources, split, tokenizer, data, max_rows)
-    return job.build(encode)
+    return job.build(TextEncoder(tokenizer))
 
 
 def instruct_store(
@@ -87,20 +89,6 @@ def instruct_store(
         DataError: the data cannot be had, is malformed, or nothing is left.
         ConfigError: a source of another kind.
     """
-
-    def encode(rows: list[Row]) -> Iterator[Record | str]:
-        prompts = prompts_ids(tokenizer, [_prompt(row) for row in rows])
-        answers = tokenizer.encode_batch([row["answer"] for row in rows])
-        for prompt, ids in zip(prompts, answers, strict=True):
-            answer = [*ids, tokenizer.eos_id]
-            room = max_tokens - len(answer)
-            if len(prompt) <= room:
-                yield prompt, answer
-            elif room > MIN_PROMPT_TOKENS:
-                yield truncate_prompt(prompt, room), answer
-            else:
-                yield "answer too long"
-
     job = _Job(
         "instruct",
         ("prompt", "answer"),
@@ -111,7 +99,7 @@ def instruct_store(
         max_rows,
         frozenset(exclude),
     )
-    return job.build(encode, max_tokens=max_tokens)
+    return job.build(InstructEncoder(tokenizer, max_tokens), max_tokens=max_tokens)
 
 
 def pair_store(
@@ -146,22 +134,9 @@ def pair_store(
     """
     if max_answer < 2:
         raise ConfigError(f"max_answer_tokens={max_answer}: at least 2")
-
-    def encode(rows: list[Row]) -> Iterator[Record | str]:
-        prompts = prompts_ids(tokenizer, [row["prompt"] for row in rows])
-        chosen = tokenizer.encode_batch([row["chosen"] for row in rows])
-        rejected = tokenizer.encode_batch([row["rejected"] for row in rows])
-        for prompt, good, bad in zip(prompts, chosen, rejected, strict=True):
-            pair = tuple([*ids, tokenizer.eos_id][:max_answer] for ids in (good, bad))
-            if pair[0] == pair[1]:
-                yield "equal answers after truncation"
-            elif not (good and bad):
-                yield "empty answer"
-            else:
-                yield truncate_prompt(prompt, max_prompt), *pair
-
     segments = ("prompt", "chosen", "rejected")
     job = _Job("pairs", segments, sources, split, tokenizer, data, max_rows, frozenset(exclude))
+    encode = PairEncoder(tokenizer, max_prompt, max_answer)
     return job.build(encode, max_prompt=max_prompt, max_answer=max_answer)
 
 
@@ -224,7 +199,7 @@ def solution_ids(
     A question that leaves no room for its solution is cut from its start. ``None`` stands for a
     solution that leaves no room even for the question's markers: it is never cut.
     """
-    for batch in _batches(solutions, BATCH_ROWS):
+    for batch in grouped(solutions, BATCH_ROWS):
         prompts = prompts_ids(tokenizer, [question for question, _ in batch])
         texts = tokenizer.encode_batch([text for _, text in batch])
         for prompt, ids in zip(prompts, texts, strict=True):
@@ -243,12 +218,7 @@ def prompt_hashes(
 ) -> frozenset[str]:
     """`prompt_hash` of every row of a split: what another split must not contain."""
     rows = (row for s in sources for row in itertools.islice(s.rows(split), max_rows))
-    return frozenset(prompt_hash(_prompt(row)) for row in rows)
-
-
-def _prompt(row: Row) -> Prompt:
-    prompt: Prompt = row["question"] if "question" in row else row["prompt"]
-    return prompt
+    return frozenset(prompt_hash(prompt_of(row)) for row in rows)
 
 
 class _Job:
@@ -291,11 +261,11 @@ class _Job:
             "exclude": sha256_json(sorted(self.exclude)),
             **options,
         }
-        store = build_store(
+        store = build_from_batches(
             self.data.cache_dir,
             segments=self.segments,
             key=key,
-            records=self._records(encode, prints),
+            batches=lambda after: self._batches(encode, prints, after),
             n_vocab=self.tokenizer.n_vocab,
             pad_id=self.tokenizer.pad_id,
             counts=self.total,
@@ -306,56 +276,57 @@ class _Job:
             counts.check(f"{source['source']}, {self.split} split: ")
         return store
 
-    def _records(self, encode: Encode, prints: list[str]) -> Iterator[Record]:
-        for source, fingerprint in zip(self.sources, prints, strict=True):
-            counts = RowCounts(max_bad_rows=self.data.max_bad_rows)
-            tokens = 0
-            rows = itertools.islice(self._kept(source, counts), self.max_rows)
-            for batch in _batches(rows, BATCH_ROWS, _chars):
-                for record in encode(batch):
-                    if isinstance(record, str):
-                        counts.drop(record)
-                        continue
-                    counts.kept += 1
-                    tokens += sum(len(ids) for ids in record)
-                    yield record
-            for reason, n in counts.dropped.items():
+    def _batches(
+        self, encode: Encode, prints: list[str], after: dict[str, Any] | None
+    ) -> Iterator[Encoded]:
+        """Encoded records behind ``after``, which says how far an earlier reading came."""
+        begun = after or {"summaries": [], "rows": 0, "kept": 0, "tokens": 0, "dropped": {}}
+        self.summaries.extend(begun["summaries"])
+        at = len(self.summaries)
+        for source, fingerprint in zip(self.sources[at:], prints[at:], strict=True):
+            yield from self._of_source(source, fingerprint, encode, begun)
+            begun = {"rows": 0, "kept": 0, "tokens": 0, "dropped": {}}
+        for summary in self.summaries:
+            for reason, n in summary["dropped"].items():
                 self.total.dropped[reason] = self.total.dropped.get(reason, 0) + n
-            self.summaries.append(
-                {
-                    "source": source.description,
-                    "split": self.split,
-                    "kind": source.kind,
-                    "rows": counts.kept,
-                    "tokens": tokens,
-                    "dropped": counts.dropped,
-                    "fingerprint": fingerprint,
-                }
-            )
+
+    def _of_source(
+        self, source: Source, fingerprint: str, encode: Encode, begun: dict[str, Any]
+    ) -> Iterator[Encoded]:
+        """Encoded records of one source; at its end its summary is there."""
+        counts = RowCounts(max_bad_rows=self.data.max_bad_rows)
+        rows, kept, tokens = begun["rows"], begun["kept"], begun["tokens"]
+        dropped = dict(begun["dropped"])  # by the encoder; what the reading drops is counted anew
+        given = itertools.islice(self._kept(source, counts), rows, self.max_rows)
+        done = list(self.summaries)
+        for batch in encode_rows(
+            given, encode, token_dtype(self.tokenizer.n_vocab), len(self.segments),
+            jobs=current().jobs,
+        ):  # fmt: skip
+            rows += batch.rows
+            kept += len(batch.records.lengths)
+            tokens += len(batch.records.tokens)
+            for reason, n in batch.dropped.items():
+                dropped[reason] = dropped.get(reason, 0) + n
+            state = {"rows": rows, "kept": kept, "tokens": tokens, "dropped": dict(dropped)}
+            yield replace(batch.records, after={"summaries": done, **state})
+        for reason, n in dropped.items():
+            counts.dropped[reason] = counts.dropped.get(reason, 0) + n
+        self.summaries.append(
+            {
+                "source": source.description,
+                "split": self.split,
+                "kind": source.kind,
+                "rows": kept,
+                "tokens": tokens,
+                "dropped": counts.dropped,
+                "fingerprint": fingerprint,
+            }
+        )
 
     def _kept(self, source: Source, counts: RowCounts) -> Iterator[Row]:
         for row in source.rows(self.split, counts):
-            if self.exclude and prompt_hash(_prompt(row)) in self.exclude:
+            if self.exclude and prompt_hash(prompt_of(row)) in self.exclude:
                 counts.drop("prompt is in another split")
             else:
                 yield row
-
-
-def _chars(row: Row) -> int:
-    return sum(len(value) for value in row.values() if isinstance(value, str))
-
-
-def _batches(
-    rows: Iterable[T], size: int, chars: Callable[[T], int] = lambda _: 0
-) -> Iterator[list[T]]:
-    """Lists of up to ``size`` rows and about `BATCH_CHARS` characters."""
-    batch: list[T] = []
-    seen = 0
-    for row in rows:
-        batch.append(row)
-        seen += chars(row)
-        if len(batch) >= size or seen >= BATCH_CHARS:
-            yield batch
-            batch, seen = [], 0
-    if batch:
-        yield batch

@@ -11,6 +11,7 @@ from modern_llm.data.sources import open_source
 from modern_llm.data.sources.base import RowCounts, Source
 from modern_llm.data.store import TokenStore
 from modern_llm.data.tokenizer import Tokenizer, build_tokenizer
+from modern_llm.runtime.artifacts import sha256_json
 
 
 def stage_sources(section: StageConfig, data: DataConfig, split: str) -> list[Source]:
@@ -30,11 +31,15 @@ def in_turns(
 
 
 def new_tokenizer(config: PipelineConfig) -> Tokenizer:
-    """The tokenizer that the config asks for, fitted to the training text where it is fitted."""
+    """The tokenizer that the config asks for, fitted to the training text where it is fitted.
+
+    One that was fitted is found by what decides the text, which need not be read for it.
+    """
     sources = stage_sources(config.pretrain, config.data, "train")
     return build_tokenizer(
         config.tokenizer, vocab_size=config.model.vocab_size,
         texts=lambda: (row["text"] for row in in_turns(sources, "train")), data=config.data,
+        fingerprint=sha256_json([source.fingerprint("train") for source in sources]),
     )  # fmt: skip
 
 

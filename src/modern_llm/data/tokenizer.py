@@ -17,7 +17,8 @@ from tokenizers import Tokenizer as Backend
 
 from modern_llm.config import DataConfig, TokenizerConfig
 from modern_llm.data.lookup import ROOT_VARIABLE, find_local
-from modern_llm.errors import ConfigError, DataError
+from modern_llm.data.making import current
+from modern_llm.errors import ConfigError, DataError, ModernLLMError
 from modern_llm.runtime.artifacts import sha256_json, write_text
 
 BOS, EOS, PAD, USER, ASSISTANT = SPECIALS = (
@@ -54,6 +55,10 @@ class Tokenizer:
         self.bos_id, self.eos_id, self.pad_id, self.user_id, self.assistant_id = ids
         self.special_ids = frozenset(ids)
         self.sha256 = hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def __reduce__(self) -> tuple[Callable[[str], "Tokenizer"], tuple[str]]:
+        """Another process gets it as the content of ``tokenizer.json``."""
+        return _from_json, (self.to_json(),)
 
     @property
     def kind(self) -> str:
@@ -127,6 +132,10 @@ class Tokenizer:
         return tokenizer
 
 
+def _from_json(content: str) -> Tokenizer:
+    return Tokenizer(Backend.from_str(content))
+
+
 def build_tokenizer(
     config: TokenizerConfig,
     *,
@@ -167,6 +176,7 @@ def build_tokenizer(
         )
         path = data.cache_dir / "tokenizers" / f"{config.name}-{key[:24]}.json"
         if not path.is_file():
+            _check_may_make(config.name, path)
             train = _train_bpe if config.name == "bpe" else _train_char
             write_text(path, train(_pieces(texts(), limit), vocab_size).to_json(), on_exists="skip")
         tokenizer = Tokenizer.load(path)
@@ -241,14 +251,26 @@ def _train_char(texts: Iterator[str], vocab_size: int) -> Tokenizer:
     return Tokenizer(backend)
 
 
+def _check_may_make(name: str, path: Path) -> None:
+    if not current().build:
+        raise DataError(f"tokenizer '{name}': not prepared ({path} is not there)")
+
+
 def _gpt2(data: DataConfig) -> Tokenizer:
     """GPT-2's BPE (50257 ids, then the special tokens) from the data root, else from the hub."""
     vocab = find_local(data, "gpt2_bpe/encoder.json")
     merges = find_local(data, "gpt2_bpe/vocab.bpe")
+    copy = data.cache_dir / "tokenizers" / f"gpt2-{GPT2_REVISION[:24]}.json"
     try:
         if vocab is None or merges is None:
-            return Tokenizer(Backend.from_pretrained(GPT2_REPOSITORY, revision=GPT2_REVISION))
+            if not copy.is_file():
+                _check_may_make("gpt2", copy)
+                found = Backend.from_pretrained(GPT2_REPOSITORY, revision=GPT2_REVISION)
+                write_text(copy, Tokenizer(found).to_json(), on_exists="skip")
+            return Tokenizer.load(copy)
         backend = Backend(models.BPE.from_file(str(vocab), str(merges)))
+    except ModernLLMError:
+        raise
     except Exception as error:  # the library raises plain Exception, for files and network alike
         raise DataError(
             f"tokenizer 'gpt2': {type(error).__name__}: {error}; put encoder.json and vocab.bpe "

@@ -36,23 +36,9 @@ def text_metric(
         return [NotEvaluated(what, "there are no answers")]
     if len(predictions) != len(references):
         raise ValueError(f"{len(predictions)} predictions for {len(references)} references")
-    try:
-        import evaluate
-    except ImportError as error:
-        return [NotEvaluated(what, f"the library 'evaluate' cannot be imported: {error}")]
-    try:
-        loaded = evaluate.load(name)
-    except (FileNotFoundError, ConnectionError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        why = (
-            f"evaluate.load('{name}') found neither the hub nor a local copy ({reason}); "
-            "give the path of a metric folder, or run once where the hub can be reached"
-        )
-        return [NotEvaluated(what, why)]
-    except ImportError as error:
-        return [NotEvaluated(what, f"the metric needs a library that is not installed: {error}")]
-    except Exception as error:  # a script from elsewhere costs this metric at most
-        return [_failed(what, error)]
+    loaded = load_metric(name, what)
+    if isinstance(loaded, NotEvaluated):
+        return [loaded]
     try:
         values = loaded.compute(predictions=list(predictions), references=list(references)) or {}
     except Exception as error:
@@ -60,6 +46,27 @@ def text_metric(
     scores = (_score(what, metric, value, len(predictions)) for metric, value in values.items())
     results: list[Result] = [score for score in scores if score is not None]
     return results or [NotEvaluated(what, "the metric returned no number")]
+
+
+def load_metric(name: str, what: str) -> Any:
+    """A metric by name or path, or a `NotEvaluated` of ``what`` with the reason."""
+    try:
+        import evaluate
+    except ImportError as error:
+        return NotEvaluated(what, f"the library 'evaluate' cannot be imported: {error}")
+    try:
+        return evaluate.load(name)
+    except (FileNotFoundError, ConnectionError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        why = (
+            f"evaluate.load('{name}') found neither the hub nor a local copy ({reason}); "
+            "give the path of a metric folder, or run once where the hub can be reached"
+        )
+        return NotEvaluated(what, why)
+    except ImportError as error:
+        return NotEvaluated(what, f"the metric needs a library that is not installed: {error}")
+    except Exception as error:  # a script from elsewhere costs this metric at most
+        return _failed(what, error)
 
 
 def _failed(what: str, error: Exception) -> NotEvaluated:

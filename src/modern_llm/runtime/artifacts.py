@@ -262,7 +262,7 @@ def published_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     try:
         with _io_told(target):
             staging.mkdir(parents=True)
-        with _block_told(target):
+        with block_told(target):
             yield staging
         with _io_told(target):
             for file in staging.rglob("*"):
@@ -277,7 +277,7 @@ def published_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 @contextmanager
-def _block_told(target: Path) -> Iterator[None]:
+def block_told(target: Path) -> Iterator[None]:
     """Tell an ``OSError`` of a block that fills ``target``: it may be of a file that is read."""
     try:
         yield
@@ -300,30 +300,48 @@ def _publish(staging: Path, target: Path, *, replace: bool) -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """Hold ``folder`` for this process; the lock dies with the process, so none is ever stale.
 
+    Args:
+        folder: made where it is not there.
+        wait: until another process lets go of it; what is there then may be new.
+
     Raises:
-        ConfigError: another process holds it; names its pid and host.
+        ConfigError: another process holds it, and ``wait`` is off; names its pid and host.
         ProtectedPathError: the folder cannot be written.
     """
-    with _io_told(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = (folder / ".lock").open("a+")
-    with handle:
-        try:
-            _lock(handle, folder / ".lock", wait=False)
-        except BlockingIOError:
-            handle.seek(0)
-            holder = handle.read().strip() or "unknown"
-            raise ConfigError(
-                f"{folder} is in use by another run ({holder}); wait, or give another --run-name"
-            ) from None
+    with _held_lock(folder, wait=wait) as handle:
         with _io_told(folder):
             handle.truncate(0)
             handle.write(f"pid {os.getpid()} on {socket.gethostname()}")
             handle.flush()
         yield
+
+
+def _held_lock(folder: Path, *, wait: bool) -> IO[str]:
+    """The open lock file of a folder, locked."""
+    path = folder / ".lock"
+    while True:
+        with _io_told(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                handle = path.open("a+")
+            except FileNotFoundError:  # the folder was moved away just now
+                continue
+        try:
+            _lock(handle, path, wait=wait)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(handle.fileno()), path.stat()):
+                    return handle
+            handle.close()  # its holder moved or removed the folder: this is no lock of it
+        except BlockingIOError:
+            handle.seek(0)
+            holder = handle.read().strip() or "unknown"
+            handle.close()
+            raise ConfigError(
+                f"{folder} is in use by another run ({holder}); wait, or give another --run-name"
+            ) from None
 
 
 class JsonLines:

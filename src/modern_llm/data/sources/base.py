@@ -94,6 +94,14 @@ class Source(ABC):
         """
         check_split(split)
 
+    def fetch(self, split: str) -> None:
+        """Have a copy of a split on this disk, so that it is read without a network.
+
+        Raises:
+            DataError: as `check`, or it cannot be fetched.
+        """
+        self.check(split)
+
     @abstractmethod
     def fingerprint(self, split: str = "train") -> str:
         """Hash of all that decides the rows of a split: content or revision, and options."""

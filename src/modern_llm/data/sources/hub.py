@@ -74,15 +74,16 @@ class HubSet:
                 split=self.splits[split],
                 revision=self.revision,
             )
+            for number, row in enumerate(table, start=1):
+                yield f"{self.address} {split} row {number}", row
         except Exception as error:  # network, hub and library all have their own kinds
             raise DataError(
                 f"{self.repository}: the {split} split is not below {ROOT_VARIABLE} and the hub "
                 f"did not give it ({type(error).__name__}: {_first_line(error)}). Either set "
                 f"{ROOT_VARIABLE} (or data.root) to a folder with {wanted}, or let this machine "
-                f"reach the hub once for {self.address}"
+                f"reach the hub once for {self.address}, or run 'modern-llm prepare-data' with "
+                "this config where it can be reached"
             ) from error
-        for number, row in enumerate(table, start=1):
-            yield f"{self.address} {split} row {number}", row
 
 
 def resolved(repository: str, revision: str) -> str:

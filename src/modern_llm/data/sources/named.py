@@ -17,6 +17,7 @@ from modern_llm.data.sources.base import (
     check_split,
     hashed_split,
 )
+from modern_llm.data.sources.copies import copied_rows, copy_set
 from modern_llm.data.sources.files import Located, converted, read_rows, row_key
 from modern_llm.data.sources.hub import HubSet, resolved
 from modern_llm.errors import DataError
@@ -87,7 +88,16 @@ class NamedSource(Source):
             check_first_row(self, split, where=self.name, max_bad_rows=self.data.max_bad_rows)
             return
         for hub in self._hub_with(stored):
-            hub.check(stored, self._wanted(stored))
+            if copied_rows(hub, stored, self.data.cache_dir) is None:
+                hub.check(stored, self._wanted(stored))
+
+    def fetch(self, split: str) -> None:
+        """See `Source`; what is on the hub only is copied below the cache folder."""
+        stored, _ = self.stored(check_split(split))
+        if not self.local(stored):
+            for hub in self._hub_with(stored):
+                copy_set(hub, stored, self._wanted(stored), self.data.cache_dir)
+        self.check(split)
 
     def local(self, stored: str) -> list[Path]:
         """Local files of a stored split; empty when one of them is missing."""
@@ -118,7 +128,10 @@ class NamedSource(Source):
         if local:
             return
         for hub in self._hub_with(stored):
-            yield from self.from_hub(hub.rows(stored, self._wanted(stored)), stored)
+            rows = copied_rows(hub, stored, self.data.cache_dir)
+            if rows is None:
+                rows = hub.rows(stored, self._wanted(stored))
+            yield from self.from_hub(rows, stored)
 
     def _wanted(self, stored: str) -> str:
         """Local files that would serve, for errors."""
