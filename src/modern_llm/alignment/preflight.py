@@ -67,6 +67,7 @@ class Preflight:
         checkpoint: where the first of them starts, in place of the stage before.
         standing: folder of this very run, if it ran before.
         replace: stages that stand will be run again.
+        elsewhere: the run will be on another machine, whose devices are not checked.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class Preflight:
         standing: Path | None,
         *,
         replace: bool = False,
+        elsewhere: bool = False,
     ) -> None:
         self.config = config
         self.stages = stages
@@ -84,6 +86,7 @@ class Preflight:
         self.checkpoint = checkpoint
         self.standing = standing
         self.replace = replace
+        self.elsewhere = elsewhere
 
     @cached_property
     def problems(self) -> list[ModernLLMError]:
@@ -160,8 +163,9 @@ class Preflight:
             yield partial(build_optimizers, _tiny_model(), training)
             yield partial(Schedule, training)
             yield partial(check_trackers, training.trackers)
-            yield partial(_check_device, "training", training.device, training.precision)
-        if "eval" in self.stages:
+            if not self.elsewhere:
+                yield partial(_check_device, "training", training.device, training.precision)
+        if "eval" in self.stages and not self.elsewhere:
             tasks = self.config.eval
             yield partial(_check_device, "eval", tasks.device, tasks.precision)
         yield self._check_lengths

@@ -11,6 +11,7 @@ from modern_llm.cli.arguments import (
     add_policy,
     checkpoint_of,
     config_of,
+    duration_s,
 )
 from modern_llm.config import STAGES, PipelineConfig, load_config
 from modern_llm.config.loading import Rewrite
@@ -31,6 +32,14 @@ def run_arguments(parser: argparse.ArgumentParser, *, named: bool = True) -> Non
     parser.add_argument(
         "--dry-run", action="store_true", help="check everything, print the plan, write nothing"
     )
+    parser.add_argument(
+        "--elsewhere", action="store_true",
+        help="with --dry-run: the run will be on another machine, whose devices are not checked",
+    )  # fmt: skip
+    parser.add_argument(
+        "--time-limit", type=duration_s, metavar="[D-]HH:MM:SS",
+        help="with --dry-run: time that a job has, as SLURM writes it; say if it is too short",
+    )  # fmt: skip
     parser.add_argument(
         "--no-report",
         action="store_true",
@@ -67,7 +76,11 @@ def run(args: argparse.Namespace, *, rewrite: Rewrite | None = None) -> int:
     if args.dry_run:
         from modern_llm.alignment.plan import print_plan
 
-        return print_plan(config, pipeline.preflight(stage, checkpoint=checkpoint))
+        preflight = pipeline.preflight(stage, checkpoint=checkpoint)
+        preflight.elsewhere = args.elsewhere
+        return print_plan(config, preflight, limit_s=args.time_limit)
+    if args.elsewhere or args.time_limit is not None:
+        raise ConfigError("--elsewhere and --time-limit belong to --dry-run")
     with stop_at_once():
         outcome = pipeline.run(stage, checkpoint=checkpoint)
         if outcome is not None and not args.no_report:
