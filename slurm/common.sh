@@ -166,12 +166,15 @@ lay_out() {
     # A rank that ends first does not end the others, which may still be saving or scoring.
     launch=(srun --kill-on-bad-exit=0 --wait=0 --nodes="$nodes")
     [ "$per_node" -le "$SLURM_CPUS_ON_NODE" ] || launch+=(--overcommit)
-    if [ "$TASKS" -gt 1 ]; then
+    if [ "${command[0]}" = experiment ]; then
+        unset MASTER_ADDR MASTER_PORT # its trainings do not meet
+    else
         first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
         first=$(scontrol --oneliner show node "$first" | sed -nE 's/.* NodeAddr=([^ ]+).*/\1/p')
         export MASTER_ADDR=${MASTER_ADDR:-$first}
         export MASTER_PORT=${MASTER_PORT:-$((10000 + SLURM_JOB_ID % 20000))}
-        [ "${DISTRIBUTED:-ddp}" = config ] || arguments+=(training.distributed="${DISTRIBUTED:-ddp}")
+        [ "$TASKS" = 1 ] || [ "${DISTRIBUTED:-ddp}" = config ] ||
+            arguments+=(training.distributed="${DISTRIBUTED:-ddp}")
     fi
     case ${LAUNCHER:=srun} in
     srun) launch+=(--ntasks="$TASKS" --cpus-per-task="$threads" "$python") ;;
@@ -275,12 +278,12 @@ in_job() {
     [ -z "$ended" ] || : >"$history" # started once more by hand
 
     export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} OMP_WAIT_POLICY=passive
-    export MODERN_LLM_STATUS_FILE=$history.status.json
-    rm -f "$MODERN_LLM_STATUS_FILE"
     say "job $SLURM_JOB_ID, started again ${SLURM_RESTART_COUNT:-0} times, on $SLURM_JOB_NODELIST: $TASKS tasks by $LAUNCHER"
     limit=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%l || true)
-    check --time-limit "${limit:-UNLIMITED}"
+    check --ranks "$TASKS" --time-limit "${limit:-UNLIMITED}"
     count_start
+    export MODERN_LLM_STATUS_FILE=$history.status.json # not the check's
+    rm -f "$MODERN_LLM_STATUS_FILE"
     "${launch[@]}" -m modern_llm "${arguments[@]}" || code=$?
     conclude "$(exit_code_of "$code")"
 }

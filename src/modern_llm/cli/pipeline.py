@@ -13,11 +13,10 @@ from modern_llm.cli.arguments import (
     config_of,
     duration_s,
 )
-from modern_llm.config import STAGES, PipelineConfig, load_config
+from modern_llm.config import PARTS, STAGES, PipelineConfig, load_config
 from modern_llm.config.loading import Rewrite
 from modern_llm.errors import ConfigError
 from modern_llm.runtime.artifacts import Policy
-from modern_llm.runtime.signals import stop_at_once
 
 
 def run_arguments(parser: argparse.ArgumentParser, *, named: bool = True) -> None:
@@ -37,6 +36,10 @@ def run_arguments(parser: argparse.ArgumentParser, *, named: bool = True) -> Non
         help="with --dry-run: the run will be on another machine, whose devices are not checked",
     )  # fmt: skip
     parser.add_argument(
+        "--ranks", type=int, metavar="N",
+        help="with --dry-run: processes that will train together, one a device",
+    )  # fmt: skip
+    parser.add_argument(
         "--time-limit", type=duration_s, metavar="[D-]HH:MM:SS",
         help="with --dry-run: time that a job has, as SLURM writes it; say if it is too short",
     )  # fmt: skip
@@ -51,7 +54,7 @@ def run_arguments(parser: argparse.ArgumentParser, *, named: bool = True) -> Non
 def stage_arguments(parser: argparse.ArgumentParser) -> None:
     """Those of a run, and which stage."""
     run_arguments(parser)
-    parser.add_argument("--stage", default="all", choices=[*STAGES, "all"])
+    parser.add_argument("--stage", default="all", choices=[*STAGES, *PARTS])
     parser.add_argument(
         "--checkpoint", type=Path,
         help=f"start here, not from the stage before: {CHECKPOINT_HELP}",
@@ -62,6 +65,8 @@ def run(args: argparse.Namespace, *, rewrite: Rewrite | None = None) -> int:
     """Run stages, write report and ledger, show them; ``rewrite``: see `load_config`."""
     config = config_of(args, rewrite=rewrite)
     from modern_llm.alignment.pipeline import AlignmentPipeline
+    from modern_llm.runtime.ranks import joined, launched_ranks
+    from modern_llm.runtime.signals import stop_at_once
 
     stage, checkpoint = getattr(args, "stage", "all"), getattr(args, "checkpoint", None)
     if checkpoint is not None and stage == "all":
@@ -76,15 +81,20 @@ def run(args: argparse.Namespace, *, rewrite: Rewrite | None = None) -> int:
     if args.dry_run:
         from modern_llm.alignment.plan import print_plan
 
-        preflight = pipeline.preflight(stage, checkpoint=checkpoint)
-        preflight.elsewhere = args.elsewhere
+        preflight = pipeline.preflight(
+            stage, checkpoint=checkpoint, elsewhere=args.elsewhere, ranks=args.ranks
+        )
         return print_plan(config, preflight, limit_s=args.time_limit)
-    if args.elsewhere or args.time_limit is not None:
-        raise ConfigError("--elsewhere and --time-limit belong to --dry-run")
-    with stop_at_once():
-        outcome = pipeline.run(stage, checkpoint=checkpoint)
-        if outcome is not None and not args.no_report:
-            _conclude(outcome.run, config, changed=bool(outcome.ran), on_exists=args.on_exists)
+    if args.elsewhere or args.ranks is not None or args.time_limit is not None:
+        raise ConfigError("--elsewhere, --ranks and --time-limit belong to --dry-run")
+    with joined(launched_ranks(), timeout_s=config.rank_timeout_s) as group, stop_at_once():
+        if not group.leads:
+            pipeline.follow()
+            return 0
+        with group.leading():
+            outcome = pipeline.run(stage, checkpoint=checkpoint)
+            if outcome is not None and not args.no_report:
+                _conclude(outcome.run, config, changed=bool(outcome.ran), on_exists=args.on_exists)
     return 0
 
 

@@ -23,6 +23,7 @@ from modern_llm.runtime.artifacts import sha256_json, to_json
 
 STAGES = ("pretrain", "sft", "dpo", "verifier", "eval")
 TRAINED_STAGES = STAGES[:-1]
+PARTS = {"all": STAGES, "alignment": STAGES[1:]}  # of the chain, by name: one after the other
 LOGGING = ("log_every", "grad_log_every", "save_every", "keep_last", "trackers")
 # What a stage does not take from the section that all share, because it would do nothing there.
 NOT_SHARED = {"sft": {"doc_mask"}, "dpo": {"doc_mask", "seq_len"}, "verifier": {"doc_mask"}}
@@ -187,6 +188,7 @@ class PipelineConfig(Schema):
     description: str = ""
     seed: NonNegativeInt = 0
     max_steps: PositiveInt | None = None  # caps each trained stage, for smoke runs
+    rank_timeout_s: PositiveFloat = 600.0  # of several ranks: longest wait for one in a step
     plugins: dict[str, str] = Field(default_factory=dict)  # file name -> sha256 of --plugin
     model: ModelConfig
     tokenizer: TokenizerConfig = TokenizerConfig()
@@ -315,11 +317,13 @@ def config_sha256(config: Mapping[str, Any]) -> str:
 
     A later version has more fields, so the file's own are what an earlier run's hash was made of.
     """
-    neutral = ("name", "description", "paths", "training")
+    neutral = ("name", "description", "paths", "training", "rank_timeout_s")
     value = {key: section for key, section in config.items() if key not in neutral}
     value["data"] = {k: v for k, v in value["data"].items() if k not in ("root", "cache_dir")}
     for stage in TRAINED_STAGES:
         training = {k: v for k, v in value[stage]["training"].items() if k not in LOGGING}
+        if "distributed" in training:  # changes no number beyond rounding
+            training["distributed"] = "none"
         value[stage] = {**value[stage], "training": training}
     return sha256_json(value)
 

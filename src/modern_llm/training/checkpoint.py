@@ -95,9 +95,7 @@ def write_checkpoint(
         DivergedError: a weight is not finite; nothing is written.
         ProtectedPathError: ``target`` exists, or the disk refuses; nothing is left behind.
     """
-    for name, tensor in weights.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise DivergedError(f"{target} is not saved: weight '{name}' is not finite; {WAY_OUT}")
+    check_finite(weights, target)
     needed = sum(t.numel() * t.element_size() for t in weights.values()) + _bytes(trainer_state)
     try:
         with published_folder(target) as staging:
@@ -124,6 +122,17 @@ def write_checkpoint(
             "free space or choose another output, then start again: the run goes on"
         ) from error
     return digest
+
+
+def check_finite(weights: Mapping[str, Tensor], target: Path) -> None:
+    """Refuse weights that are not finite.
+
+    Raises:
+        DivergedError: names the first such weight, and ``target``, which is not to be written.
+    """
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise DivergedError(f"{target} is not saved: weight '{name}' is not finite; {WAY_OUT}")
 
 
 def _bytes(value: Any) -> int:
@@ -220,13 +229,18 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return dict(manifest)
 
 
-def read_checkpoint(folder: Path) -> Checkpoint:
+def read_checkpoint(folder: Path, *, verify: bool = True) -> Checkpoint:
     """Verify a checkpoint and read its weights and its description; runs no code from it.
+
+    Args:
+        folder: of the checkpoint.
+        verify: ``False`` where `verify_checkpoint` was called just now, be it by another rank.
 
     Raises:
         CheckpointError: see `verify_checkpoint`.
     """
-    verify_checkpoint(folder)
+    if verify:
+        verify_checkpoint(folder)
     try:
         weights = load_file(folder / WEIGHTS, device="cpu")
         meta = json.loads((folder / META).read_text())
