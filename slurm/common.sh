@@ -106,6 +106,7 @@ submit() {
         case $word in --time=*) limit=${word#*=} ;; esac
     done
     compose "${words[@]}"
+    follow
     check --elsewhere --time-limit "$limit"
 
     CHAIN=${CHAIN:-1}
@@ -198,7 +199,23 @@ record() {
     [ -z "${history-}" ] || printf '%s\n' "$@" >>"$history"
 }
 
-last() { sed -n "s/^$1 //p" "$history" | tail -n 1; }
+last() { [ -z "${history-}" ] || sed -n "s/^$1 //p" "$history" | tail -n 1; }
+
+# What the first stage starts from when the stage `follows` of this run is not finished: its newest
+# checkpoint, and the same one in every start of a job.
+follow() {
+    local folder=$runs/$RUN_NAME/${follows-} newest
+    [ -n "${follows-}" ] && [ -z "${CHECKPOINT-}" ] || return 0
+    newest=$(last checkpoint)
+    if [ -z "$newest" ]; then
+        [ ! -e "$folder/final" ] || return 0
+        newest=$(find "$folder/checkpoints" -maxdepth 1 -name 'step-*' 2>/dev/null | sort | tail -n 1)
+        [ -n "$newest" ] || return 0 # the check tells what is missing
+        record "checkpoint $newest"
+    fi
+    say "$follows is not finished: starting from $newest"
+    arguments+=(--checkpoint "$newest")
+}
 
 # Changes whenever a checkpoint, samples or a result of the run are added.
 progress() {
@@ -277,6 +294,7 @@ in_job() {
     fi
     [ -z "$ended" ] || : >"$history" # started once more by hand
 
+    follow
     export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} OMP_WAIT_POLICY=passive
     say "job $SLURM_JOB_ID, started again ${SLURM_RESTART_COUNT:-0} times, on $SLURM_JOB_NODELIST: $TASKS tasks by $LAUNCHER"
     limit=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%l || true)

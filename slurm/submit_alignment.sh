@@ -5,8 +5,8 @@
 #   PRESET=tacc GPUS=4 bash slurm/submit_alignment.sh    checks here first, then submits
 #
 # From the repository's root. What it takes from the environment: the head of slurm/common.sh.
-# Starts from the run's own pretrain/final; of a run whose pretraining is not finished, or of another run:
-# CHECKPOINT=experiments/runs/NAME takes its newest.
+# Starts from the run's own pretrain/final, or while pretraining is not finished from its newest checkpoint;
+# CHECKPOINT=experiments/runs/NAME takes the newest of another run.
 #SBATCH --job-name=alignment
 #SBATCH --time=24:00:00
 #SBATCH --signal=USR1@180
@@ -24,4 +24,5 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 
 PRESET=${PRESET:-tacc}
 command=(run --stage alignment)
+follows=pretrain
 main "$0" "$@"

@@ -147,7 +147,8 @@ class Cluster:
         """Wait for something about a job; SLURM's pause before another start is skipped."""
         end = time.monotonic() + timeout_s
         while not happened(job := self.job(number)):
-            assert time.monotonic() < end, f"{job.fields}\n{self.log(number)}"
+            waits = job.state not in ENDED and time.monotonic() < end
+            assert waits, f"{job.fields}\n{self.log(number)}"
             if job.state == "PENDING" and job.fields["Reason"] == "BeginTime":
                 self.run("scontrol", "update", f"JobId={number}", "StartTime=now")
             time.sleep(0.2)

@@ -84,7 +84,11 @@ class AlignmentPipeline:
         )  # fmt: skip
 
     def run(self, stage: str = "all", *, checkpoint: Path | None = None) -> Outcome | None:
-        """Run ``stage`` (or a part of the chain: `PARTS`), starting from ``checkpoint`` in place of the stage before.
+        """Run ``stage``, or a part of the chain (`PARTS`), from its first stage that is not done.
+
+        Args:
+            stage: of `STAGES` or `PARTS`.
+            checkpoint: where the first of them starts, in place of the stage before.
 
         Returns:
             What was done; ``None`` when another run stands under the name and it was to be skipped.

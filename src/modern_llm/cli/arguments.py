@@ -51,6 +51,13 @@ def add_place(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run-name", help="name of what is written")
 
 
+def count(text: str) -> int:
+    """A whole number from 1 on."""
+    if not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text!r}: a whole number from 1 on")
+    return int(text)
+
+
 def duration_s(text: str) -> float:
     """Seconds of a time limit as SLURM writes it: ``30`` (minutes), ``12:00:00``, ``2-06:30``."""
     if text.upper() in NO_LIMIT:

@@ -11,6 +11,7 @@ from modern_llm.cli.arguments import (
     add_policy,
     checkpoint_of,
     config_of,
+    count,
     duration_s,
 )
 from modern_llm.config import PARTS, STAGES, PipelineConfig, load_config
@@ -36,7 +37,7 @@ def run_arguments(parser: argparse.ArgumentParser, *, named: bool = True) -> Non
         help="with --dry-run: the run will be on another machine, whose devices are not checked",
     )  # fmt: skip
     parser.add_argument(
-        "--ranks", type=int, metavar="N",
+        "--ranks", type=count, metavar="N",
         help="with --dry-run: processes that will train together, one a device",
     )  # fmt: skip
     parser.add_argument(
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace, *, rewrite: Rewrite | None = None) -> int:
     if checkpoint is not None and stage == "all":
         raise ConfigError("--checkpoint needs --stage: which stage is to start from it?")
     if checkpoint is not None:
-        checkpoint = checkpoint_of(checkpoint, args, stage=stage)
+        checkpoint = checkpoint_of(checkpoint, args, stage=PARTS.get(stage, (stage,))[0])
     origin = {"preset": args.config, "command": shlex.join(["modern-llm", *args.command])}
     pipeline = AlignmentPipeline(
         config, origin=origin, on_exists=args.on_exists, resume=args.resume,
