@@ -7,6 +7,7 @@
 #   bash speedrun.sh setup                   make .venv and install, nothing else
 #
 # PYTHON=/path/to/python chooses the interpreter that .venv is made with (3.11 or newer).
+# As root on Debian or Ubuntu, "test" also installs what the tests of slurm/ need (SYSTEM_PACKAGES=no: not).
 set -euo pipefail
 
 caller_dir=$PWD
@@ -102,6 +103,20 @@ set_up() {
     exec 9<&-
 }
 
+# A SLURM of this machine's own, and shellcheck; without them their tests are skipped and say so.
+install_test_tools() {
+    local missing=() pair
+    for pair in sbatch:slurm-wlm munged:munge shellcheck:shellcheck; do
+        PATH=$PATH:/usr/sbin command -v "${pair%%:*}" >/dev/null 2>&1 || missing+=("${pair#*:}")
+    done
+    [ "${#missing[@]}" -gt 0 ] && [ "${SYSTEM_PACKAGES:-yes}" != no ] || return 0
+    [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1 || return 0
+    say "installing ${missing[*]} for the tests of slurm/"
+    export DEBIAN_FRONTEND=noninteractive
+    { apt-get update -qq && apt-get install -qq -y --no-install-recommends "${missing[@]}"; } >/dev/null ||
+        say "apt-get could not install them (its message is above): their tests will be skipped"
+}
+
 run_tests() {
     # Workers of one thread each: two processes of two threads on two cores stand in each other's way.
     export OMP_NUM_THREADS=1
@@ -128,6 +143,7 @@ setup) set_up ;;
 test)
     shift
     set_up
+    install_test_tools
     run_tests "$@"
     ;;
 *) run_preset "$@" ;;

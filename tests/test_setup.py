@@ -60,7 +60,8 @@ def clone(tmp_path: Path) -> Path:
 def environment(clone: Path, **variables: str) -> dict[str, str]:
     log = clone.parent / "pip.log"
     fake = clone.parent / "fake" / "python"
-    return {**os.environ, "PYTHON": str(fake), "PIP_LOG": str(log), **variables}
+    own = {"PYTHON": str(fake), "PIP_LOG": str(log), "SYSTEM_PACKAGES": "no"}
+    return {**os.environ, **own, **variables}
 
 
 def speedrun(clone: Path, *args: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -160,11 +161,27 @@ def test_two_at_once_install_once(clone: Path) -> None:
     assert installs(clone) == 1
 
 
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="no shellcheck")
-@pytest.mark.parametrize("name", ["speedrun.sh", ".ci/run"])
-def test_shell_scripts_pass_shellcheck(name: str) -> None:
-    checked = subprocess.run(["shellcheck", str(ROOT / name)], capture_output=True, text=True)
-    assert checked.returncode == 0, checked.stdout
+@needs_bash
+@pytest.mark.parametrize(("user", "wanted"), [("0", True), ("1000", False)])
+def test_root_gets_what_the_tests_of_slurm_need(user: str, wanted: bool, clone: Path) -> None:
+    """With an apt-get that has no network, the tests are run all the same."""
+    tools = clone.parent / "tools"
+    script(tools / "id", f"#!/bin/bash\necho {user}\n")
+    script(tools / "apt-get", f'#!/bin/bash\necho "$*" >>"{tools}/asked"; [ "$1" = update ]\n')
+    for name in ("bash", "cat", "cksum", "dirname", "flock"):
+        (tools / name).symlink_to(str(shutil.which(name)))
+    own = {"PATH": str(tools), "SYSTEM_PACKAGES": "yes"}
+    (clone / ".venv").mkdir()
+    shutil.copytree(clone.parent / "fake", clone / ".venv" / "bin")
+    done = speedrun(clone, "test", **own)
+    if any(shutil.which(name, path="/usr/sbin") for name in ("munged", "sbatch")):
+        wanted_packages = "shellcheck"
+    else:
+        wanted_packages = "slurm-wlm munge shellcheck"
+    asked = (tools / "asked").read_text() if (tools / "asked").exists() else ""
+    assert ("--no-install-recommends" in asked) is wanted
+    assert (wanted_packages in asked) is wanted
+    assert "tests " in done.stdout, done.stderr
 
 
 def pinned() -> dict[str, str]:

@@ -8,8 +8,7 @@ from pathlib import Path
 from modern_llm.alignment.precision import concrete
 from modern_llm.alignment.preflight import Preflight
 from modern_llm.alignment.stages import STAGES, Stage, TrainedStage
-from modern_llm.config import STAGES as STAGE_ORDER
-from modern_llm.config import TRAINED_STAGES, PipelineConfig
+from modern_llm.config import PARTS, TRAINED_STAGES, PipelineConfig
 from modern_llm.errors import ConfigError, ProtectedPathError
 from modern_llm.runtime.artifacts import (
     Policy,
@@ -36,7 +35,7 @@ class Outcome:
 
 
 class AlignmentPipeline:
-    """Runs one stage or all of them in one run folder.
+    """Runs one stage, all of them, or those of alignment in one run folder.
 
     The same config finds its run again: finished stages stand, an unfinished one goes on. Another
     config under the same name gets a folder of its own.
@@ -70,15 +69,26 @@ class AlignmentPipeline:
         self.allow_data_change = allow_data_change
         self.origin = dict(origin or {})
 
-    def preflight(self, stage: str = "all", *, checkpoint: Path | None = None) -> Preflight:
+    def preflight(
+        self,
+        stage: str = "all",
+        *,
+        checkpoint: Path | None = None,
+        elsewhere: bool = False,
+        ranks: int | None = None,
+    ) -> Preflight:
         """Look for every mistake that can be found before compute is spent; writes nothing."""
         return Preflight(
             self.config, self._stages(stage), checkpoint, self._standing(),
-            replace=self.on_exists == "replace",
+            replace=self.on_exists == "replace", elsewhere=elsewhere, ranks=ranks,
         )  # fmt: skip
 
     def run(self, stage: str = "all", *, checkpoint: Path | None = None) -> Outcome | None:
-        """Run ``stage`` (or all), starting from ``checkpoint`` in place of the stage before.
+        """Run ``stage``, or a part of the chain (`PARTS`), from its first stage that is not done.
+
+        Args:
+            stage: of `STAGES` or `PARTS`.
+            checkpoint: where the first of them starts, in place of the stage before.
 
         Returns:
             What was done; ``None`` when another run stands under the name and it was to be skipped.
@@ -123,7 +133,7 @@ class AlignmentPipeline:
 
     @staticmethod
     def _stages(stage: str) -> Sequence[str]:
-        return STAGE_ORDER if stage == "all" else (STAGES.resolve(stage),)
+        return PARTS[stage] if stage in PARTS else (STAGES.resolve(stage),)
 
     def _run_stage(self, run: Path, name: str, checkpoint: Path | None) -> bool:
         """Run one stage unless its result stands; returns whether it ran."""

@@ -1,5 +1,6 @@
 """What ``--dry-run`` prints: sizes, work, memory and time of a run, and what stands in its way."""
 
+import math
 import sys
 
 from rich.console import Console
@@ -10,8 +11,15 @@ from modern_llm.config import PipelineConfig
 from modern_llm.training.throughput import ASSUMED_MFU
 
 
-def print_plan(config: PipelineConfig, preflight: Preflight) -> int:
+def print_plan(
+    config: PipelineConfig, preflight: Preflight, *, limit_s: float | None = None
+) -> int:
     """Print the plan to standard output and the problems after it.
+
+    Args:
+        config: the whole run.
+        preflight: of the stages that are asked for.
+        limit_s: time that a job has; the plan says when it is too short.
 
     Returns:
         Exit code: 0, or that of the first problem.
@@ -43,6 +51,8 @@ def print_plan(config: PipelineConfig, preflight: Preflight) -> int:
             f"memory: {preflight.state_gb():.2f} GB of weights, gradients and optimizer state, "
             f"activations on top; disk: up to {preflight.disk_gb():.2f} GB of checkpoints"
         )
+    if limit_s is not None and preflight.trained:
+        out.print(_time_limit(preflight, limit_s), soft_wrap=True)
     if not preflight.problems:
         out.print("ready: nothing stands in the way; nothing was written")
         return 0
@@ -50,3 +60,18 @@ def print_plan(config: PipelineConfig, preflight: Preflight) -> int:
     for problem in preflight.problems:
         out.print(f"  {problem}", markup=False, soft_wrap=True)
     return preflight.problems[0].exit_code
+
+
+def _time_limit(preflight: Preflight, limit_s: float) -> str:
+    """How the estimate stands to the time that a job has."""
+    hours = [plan.hours for plan in preflight.plan()]
+    known = [h for h in hours if h is not None]
+    if len(known) < len(hours):
+        return "time limit: no estimate to compare with, the device's peak is not known here"
+    total, limit = sum(known), limit_s / 3600
+    if total <= limit:
+        return f"time limit: {limit:.2f} h, the estimate of {total:.2f} h fits"
+    return (
+        f"warning: the estimate of {total:.2f} h exceeds the time limit of {limit:.2f} h: this "
+        f"takes a chain of {math.ceil(total / limit)} jobs or more, each going on from the last"
+    )

@@ -35,7 +35,7 @@ from modern_llm.models.positions import POSITIONS
 from modern_llm.runtime.artifacts import sha256_file
 from modern_llm.runtime.devices import check_precision, resolve_device
 from modern_llm.runtime.logs import check_trackers
-from modern_llm.runtime.ranks import group
+from modern_llm.runtime.ranks import Ranks, group
 from modern_llm.training.checkpoint import MANIFEST, META, read_checkpoint, verify_checkpoint
 from modern_llm.training.engines import ENGINES
 from modern_llm.training.optim import build_optimizers
@@ -76,6 +76,8 @@ class Preflight:
         checkpoint: where the first of them starts, in place of the stage before.
         standing: folder of this very run, if it ran before.
         replace: stages that stand will be run again.
+        elsewhere: the run will be on another machine, whose devices are not checked.
+        ranks: processes that will train together; default: those that do now.
     """
 
     def __init__(
@@ -86,6 +88,8 @@ class Preflight:
         standing: Path | None,
         *,
         replace: bool = False,
+        elsewhere: bool = False,
+        ranks: int | None = None,
     ) -> None:
         self.config = config
         self.stages = stages
@@ -93,6 +97,8 @@ class Preflight:
         self.checkpoint = checkpoint
         self.standing = standing
         self.replace = replace
+        self.elsewhere = elsewhere
+        self.ranks = group().world_size if ranks is None else ranks
 
     @cached_property
     def problems(self) -> list[ModernLLMError]:
@@ -126,7 +132,7 @@ class Preflight:
             tokens = training.max_steps * training.batch_size * training.seq_len
             flops = cost.flops_per_token_training * tokens
             peak = self._peak(training.device, training.precision)
-            hours = flops / (peak * ASSUMED_MFU) / 3600 if peak else None
+            hours = flops / (self.ranks * peak * ASSUMED_MFU) / 3600 if peak else None
             plans.append(
                 StagePlan(
                     stage,
@@ -165,12 +171,13 @@ class Preflight:
         yield lambda: self.cost
         for stage in self.trained:
             training = self.config.stage(stage).training
-            yield partial(_check_ranks, training)
+            yield partial(_check_ranks, training, self.ranks)
             yield partial(build_optimizers, _tiny_model(), training)
             yield partial(Schedule, training)
             yield partial(check_trackers, training.trackers)
-            yield partial(_check_device, "training", training.device, training.precision)
-        if "eval" in self.stages:
+            if not self.elsewhere:
+                yield partial(_check_device, "training", training.device, training.precision)
+        if "eval" in self.stages and not self.elsewhere:
             tasks = self.config.eval
             yield partial(_check_device, "eval", tasks.device, tasks.precision)
         yield self._check_lengths
@@ -333,10 +340,10 @@ def _no_texts() -> Iterator[str]:
     return iter(())
 
 
-def _check_ranks(training: TrainingConfig) -> None:
-    """The engine is known, the launch fits it, and the batch divides over the ranks."""
+def _check_ranks(training: TrainingConfig, ranks: int) -> None:
+    """The engine is known, and the batch divides over the ranks."""
     ENGINES.build(training.distributed, torch.device("cpu"), training.precision)
-    check_sizes(training.batch_size, training.micro_batch_size, group().ranks)
+    check_sizes(training.batch_size, training.micro_batch_size, Ranks(world_size=ranks))
 
 
 def _check_device(section: str, name: str, precision: str) -> None:

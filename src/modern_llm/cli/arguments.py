@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,6 +11,10 @@ from modern_llm.config.loading import Rewrite
 from modern_llm.errors import ConfigError
 from modern_llm.runtime.artifacts import sha256_file
 
+# SLURM's formats: minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM, D-HH:MM:SS.
+DAYS = re.compile(r"(\d+)-(\d+)(?::(\d+))?(?::(\d+))?")
+NO_DAYS = re.compile(r"(?:(\d+):)??(\d+)(?::(\d+))?")
+NO_LIMIT = ("UNLIMITED", "INFINITE")
 CHECKPOINT_HELP = "folder of a checkpoint, or of a stage or run: its last good one"
 
 
@@ -44,6 +49,27 @@ def add_place(parser: argparse.ArgumentParser) -> None:
     """Where results go."""
     parser.add_argument("--output-dir", type=Path, help="write everything below this folder")
     parser.add_argument("--run-name", help="name of what is written")
+
+
+def count(text: str) -> int:
+    """A whole number from 1 on."""
+    if not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text!r}: a whole number from 1 on")
+    return int(text)
+
+
+def duration_s(text: str) -> float:
+    """Seconds of a time limit as SLURM writes it: ``30`` (minutes), ``12:00:00``, ``2-06:30``."""
+    if text.upper() in NO_LIMIT:
+        return float("inf")
+    if found := DAYS.fullmatch(text):
+        days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
+    elif found := NO_DAYS.fullmatch(text):
+        days = 0
+        hours, minutes, seconds = (int(part or 0) for part in found.groups())
+    else:
+        raise argparse.ArgumentTypeError(f"{text!r}: write [D-]HH:MM:SS, or minutes")
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def config_of(args: argparse.Namespace, *, rewrite: Rewrite | None = None) -> PipelineConfig:

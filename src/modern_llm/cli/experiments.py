@@ -27,6 +27,10 @@ def study_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hold", help="what is held equal: tokens, params, flops or seconds")
     parser.add_argument("--reference", help="arm that the others are compared with")
     parser.add_argument("--threads", type=int, help="of each training on a CPU")
+    parser.add_argument(
+        "--cells", type=_share, metavar="I/N",
+        help="train the I-th of N shares of the cells, compare nothing: for machines side by side",
+    )  # fmt: skip
     parser.add_argument("--jobs", type=int, help="trainings at once; default: by cores or GPUs")
     parser.add_argument("--budget-s", type=float, help="start no training after so many seconds")
     parser.add_argument("--speed-rounds", type=int, help="measure speed apart, so many rounds")
@@ -53,10 +57,23 @@ def study(args: argparse.Namespace) -> int:
     from modern_llm.experiments.study import Study
 
     command = shlex.join(["modern-llm", *args.command])
-    outcome = Study(config, output=args.output_dir, jobs=args.jobs, plugins=args.plugin).run(
-        command=command, on_exists=args.on_exists, metric=args.metric
-    )
+    whole = Study(config, output=args.output_dir, jobs=args.jobs, plugins=args.plugin)
+    if args.cells is not None:
+        cells, failed = whole.train_share(*args.cells)
+        for name, reason in failed.items():
+            print(f"no result: {name}: {reason}")
+        print(f"share {args.cells[0]} of {args.cells[1]}: {len(cells)} cells, {len(failed)} failed")
+        return 1 if cells and len(failed) == len(cells) else 0
+    outcome = whole.run(command=command, on_exists=args.on_exists, metric=args.metric)
     return _show(outcome.folder, outcome.left_out)
+
+
+def _share(text: str) -> tuple[int, int]:
+    """``2/8`` as its numbers."""
+    share, slash, shares = text.partition("/")
+    if not (slash and share.isdecimal() and shares.isdecimal() and 1 <= int(share) <= int(shares)):
+        raise argparse.ArgumentTypeError(f"{text!r}: write I/N with I from 1 to N, such as 2/8")
+    return int(share), int(shares)
 
 
 def _seeds(text: str) -> list[int]:

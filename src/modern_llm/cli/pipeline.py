@@ -12,8 +12,10 @@ from modern_llm.cli.arguments import (
     add_policy,
     checkpoint_of,
     config_of,
+    count,
+    duration_s,
 )
-from modern_llm.config import STAGES, PipelineConfig, load_config
+from modern_llm.config import PARTS, STAGES, PipelineConfig, load_config
 from modern_llm.config.loading import Rewrite
 from modern_llm.errors import ConfigError
 from modern_llm.runtime.artifacts import Policy
@@ -32,6 +34,18 @@ def run_arguments(parser: argparse.ArgumentParser, *, named: bool = True) -> Non
         "--dry-run", action="store_true", help="check everything, print the plan, write nothing"
     )
     parser.add_argument(
+        "--elsewhere", action="store_true",
+        help="with --dry-run: the run will be on another machine, whose devices are not checked",
+    )  # fmt: skip
+    parser.add_argument(
+        "--ranks", type=count, metavar="N",
+        help="with --dry-run: processes that will train together, one a device",
+    )  # fmt: skip
+    parser.add_argument(
+        "--time-limit", type=duration_s, metavar="[D-]HH:MM:SS",
+        help="with --dry-run: time that a job has, as SLURM writes it; say if it is too short",
+    )  # fmt: skip
+    parser.add_argument(
         "--no-report",
         action="store_true",
         help="write neither report nor ledger; 'report' can later",
@@ -42,7 +56,7 @@ def run_arguments(parser: argparse.ArgumentParser, *, named: bool = True) -> Non
 def stage_arguments(parser: argparse.ArgumentParser) -> None:
     """Those of a run, and which stage."""
     run_arguments(parser)
-    parser.add_argument("--stage", default="all", choices=[*STAGES, "all"])
+    parser.add_argument("--stage", default="all", choices=[*STAGES, *PARTS])
     parser.add_argument(
         "--checkpoint", type=Path,
         help=f"start here, not from the stage before: {CHECKPOINT_HELP}",
@@ -60,7 +74,7 @@ def run(args: argparse.Namespace, *, rewrite: Rewrite | None = None) -> int:
     if checkpoint is not None and stage == "all":
         raise ConfigError("--checkpoint needs --stage: which stage is to start from it?")
     if checkpoint is not None:
-        checkpoint = checkpoint_of(checkpoint, args, stage=stage)
+        checkpoint = checkpoint_of(checkpoint, args, stage=PARTS.get(stage, (stage,))[0])
     origin = {"preset": args.config, "command": shlex.join(["modern-llm", *args.command])}
     pipeline = AlignmentPipeline(
         config, origin=origin, on_exists=args.on_exists, resume=args.resume,
@@ -69,7 +83,12 @@ def run(args: argparse.Namespace, *, rewrite: Rewrite | None = None) -> int:
     if args.dry_run:
         from modern_llm.alignment.plan import print_plan
 
-        return print_plan(config, pipeline.preflight(stage, checkpoint=checkpoint))
+        preflight = pipeline.preflight(
+            stage, checkpoint=checkpoint, elsewhere=args.elsewhere, ranks=args.ranks
+        )
+        return print_plan(config, preflight, limit_s=args.time_limit)
+    if args.elsewhere or args.ranks is not None or args.time_limit is not None:
+        raise ConfigError("--elsewhere, --ranks and --time-limit belong to --dry-run")
     with joined(launched_ranks(), timeout_s=config.rank_timeout_s) as group, stop_at_once():
         if not group.leads:
             pipeline.follow()

@@ -9,6 +9,7 @@ from modern_llm.config.loading import (
 )
 from modern_llm.config.model import ModelConfig, MoEConfig
 from modern_llm.config.pipeline import (
+    PARTS,
     STAGES,
     TRAINED_STAGES,
     DPOConfig,
@@ -31,6 +32,7 @@ from modern_llm.config.study import Hold, StudyConfig, as_overrides, list_studie
 from modern_llm.config.training import TrainingConfig
 
 __all__ = [
+    "PARTS",
     "STAGES",
     "TRAINED_STAGES",
     "Component",

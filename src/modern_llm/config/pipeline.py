@@ -23,6 +23,7 @@ from modern_llm.runtime.artifacts import sha256_json, to_json
 
 STAGES = ("pretrain", "sft", "dpo", "verifier", "eval")
 TRAINED_STAGES = STAGES[:-1]
+PARTS = {"all": STAGES, "alignment": STAGES[1:]}  # of the chain, by name: one after the other
 LOGGING = ("log_every", "grad_log_every", "save_every", "keep_last", "trackers")
 # What a stage does not take from the section that all share, because it would do nothing there.
 NOT_SHARED = {

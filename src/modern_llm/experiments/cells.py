@@ -180,8 +180,10 @@ def run_cells(
 
 
 def _start(cell: Cell, slot: int, environment: Mapping[str, str]) -> _Running:
+    # The status that a launcher reads is this process's, not a cell's.
+    own = {k: v for k, v in os.environ.items() if k != "MODERN_LLM_STATUS_FILE"}
     process = subprocess.Popen(
-        cell.command(), env={**os.environ, **environment}, text=True, errors="replace",
+        cell.command(), env={**own, **environment}, text=True, errors="replace",
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
         start_new_session=True,  # Ctrl-C reaches this process alone, which then asks once
     )  # fmt: skip

@@ -66,6 +66,7 @@ class Study:
         self.plugins = tuple(plugins)
         self.environments = slots(jobs, config.threads)
         self.left_out: list[str] = []
+        self._began = time.monotonic()
         self._overrides = self._legal_arms()
 
     @cached_property
@@ -220,17 +221,45 @@ class Study:
         with stop_at_once():
             return self._run(command=command, on_exists=on_exists, metric=metric)
 
-    def _run(self, *, command: str, on_exists: Policy, metric: str) -> Outcome:
-        begin = time.monotonic()
-        experiments = self.experiments
-        # All arms of one seed come before the next seed: what is there early can be compared.
-        turns = zip(*(experiment.cells for experiment in experiments.values()), strict=True)
-        cells: list[Cell] = [cell for turn in turns for cell in turn]
+    def train_share(self, share: int, shares: int) -> tuple[list[Cell], dict[str, str]]:
+        """Train every ``shares``-th cell from the ``share``-th on, and compare nothing.
+
+        So that several machines divide a study: each cell is in one share, and `run` finds all of
+        them finished.
+
+        Args:
+            share: from 1 to ``shares``.
+            shares: in all.
+
+        Returns:
+            The cells of the share; name of each that has no result -> why.
+
+        Raises:
+            StoppedBySignal: a signal came; the same call goes on.
+            ConfigError: equal seconds are to be held, which takes speeds of one machine.
+        """
+        if self.config.hold == "seconds":
+            raise ConfigError("hold=seconds measures all speeds on one machine: no shares of it")
+        with stop_at_once():
+            cells = self._cells()[share - 1 :: shares]
+            return cells, self._train(cells)
+
+    def _cells(self) -> list[Cell]:
+        """Every cell once; all arms of one seed come before the next seed.
+
+        So that what is there early can be compared.
+        """
+        turns = zip(*(experiment.cells for experiment in self.experiments.values()), strict=True)
+        return list({cell.name: cell for turn in turns for cell in turn}.values())
+
+    def _train(self, cells: Sequence[Cell]) -> dict[str, str]:
         budget = self.config.budget_s
-        failed = run_cells(
-            cells, environments=self.environments,
-            until=None if budget is None else begin + budget,
-        )  # fmt: skip
+        until = None if budget is None else self._began + budget
+        return run_cells(cells, environments=self.environments, until=until)
+
+    def _run(self, *, command: str, on_exists: Policy, metric: str) -> Outcome:
+        experiments = self.experiments
+        failed = self._train(self._cells())
         results = list[ExperimentResult]()
         for name, experiment in experiments.items():
             result = experiment.collect(failed)
