@@ -95,6 +95,7 @@ class _ChunkedLoss(torch.autograd.Function):
             grad_weight_VD += grad_CV.t() @ low_CD
             grads_hidden.append(grad_CV @ low_VD)
             losses.append(loss_sum)
+            del grad_CV  # else it stands beside the logits of the next chunk
         ctx.save_for_backward(torch.cat(grads_hidden), grad_weight_VD)
         ctx.dtypes = hidden_MD.dtype, weight_VD.dtype  # type: ignore[attr-defined]
         return torch.stack(losses).sum()
