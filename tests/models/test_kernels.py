@@ -1,5 +1,6 @@
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 
 from modern_llm.errors import ConfigError
 from modern_llm.models.kernels import KERNELS
+from modern_llm.models.kernels.sdpa import takes_groups
 
 
 def reference_attention(
@@ -66,6 +68,29 @@ def test_causal_matches_float64_reference(name: str, n_kv_heads: int, with_sink:
     actual = KERNELS.build(name)(q, k, v, is_causal=True, sink_N=sink_N)
     expected = reference_attention(q, k, v, causal, sink_N).float()
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("with_sink", [False, True])
+def test_repeated_keys_are_what_a_group_shares(
+    monkeypatch: pytest.MonkeyPatch, with_sink: bool
+) -> None:
+    """What a GPU computes where its fused kernels take no groups, computed here."""
+    monkeypatch.setattr("modern_llm.models.kernels.sdpa.takes_groups", lambda q, bias: False)
+    q, k, v, bias, sink = inputs(2)
+    sink_N = sink if with_sink else None
+    actual = KERNELS.build("sdpa")(q, k, v, bias, sink_N=sink_N)
+    expected = reference_attention(q, k, v, bias, sink_N).float()
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_which_calls_of_a_gpu_take_groups() -> None:
+    with torch.device("meta"):
+        half, single = torch.empty(1, dtype=torch.bfloat16), torch.empty(1)
+    gpu = SimpleNamespace(dtype=torch.bfloat16, device=torch.device("cuda"))
+    assert takes_groups(gpu, None)
+    assert not takes_groups(gpu, half)
+    assert not takes_groups(SimpleNamespace(dtype=torch.float32, device=gpu.device), None)
+    assert takes_groups(single, single)  # elsewhere
 
 
 CAPPING = sorted(name for name in KERNELS if "softcap" not in KERNELS[name].refuses)

@@ -42,6 +42,9 @@ class SDPAKernel:
             )
         if bias is not None:
             bias = bias.to(q_BNTH.dtype)
+        group = q_BNTH.shape[1] // k_BKSH.shape[1]
+        if group > 1 and not takes_groups(q_BNTH, bias):
+            k_BKSH, v_BKSH = (x.repeat_interleave(group, dim=1) for x in (k_BKSH, v_BKSH))
         out_BNTH = F.scaled_dot_product_attention(
             q_BNTH,
             k_BKSH,
@@ -88,3 +91,13 @@ class SDPAKernel:
         if sink:
             return 4.0 * n_heads * (head_size + self.sink_width) * (n_keys + 1)
         return 4.0 * n_heads * head_size * n_keys
+
+
+def takes_groups(q_BNTH: Tensor, bias: Tensor | None) -> bool:
+    """Whether a fused kernel takes fewer heads of keys than of queries.
+
+    On CUDA flash attention alone does, and it takes neither masks nor float32: without a fused
+    kernel all logits would stand in memory (see ``enable_gqa`` of torch's documentation).
+    """
+    half = q_BNTH.dtype in (torch.bfloat16, torch.float16)
+    return q_BNTH.device.type != "cuda" or (half and bias is None)
