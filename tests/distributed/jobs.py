@@ -7,8 +7,9 @@ import math
 import os
 import random
 import signal
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -36,22 +37,54 @@ from modern_llm.training.trainer import Trainer
 from modern_llm.training.update import Update
 
 
-def command(arguments: list[str], faults: list[dict[str, Any]] = ()) -> int:  # type: ignore[assignment]
-    """One command line, with faults; see `plant`."""
+def command(
+    arguments: list[str], faults: Sequence[dict[str, Any]] = (), watch: str | None = None
+) -> int:
+    """One command line, with faults; see `plant`.
+
+    Args:
+        watch: prefix of files to which each rank writes the names of all that it changes.
+    """
     for fault in faults:
         plant(**fault)
-    return cli.main(arguments)
+    changed: list[str] = []
+    if watch is not None:
+        sys.addaudithook(lambda event, args: changed.extend(written(event, args)))
+    code = cli.main(arguments)
+    if watch is not None:
+        Path(watch + os.environ["RANK"]).write_text("\n".join(changed))
+    return code
 
 
-def plant(at: str, do: str, *, rank: int | None = None, nth: int = 1, after: bool = False) -> None:
+def written(event: str, args: Any) -> list[str]:
+    """Names that an audited event of Python makes or changes."""
+    if event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+        return [str(args[0])]
+    return [str(args[0])] if event in ("os.mkdir", "os.rename", "os.link", "os.remove") else []
+
+
+def plant(
+    at: str,
+    do: str,
+    *,
+    rank: int | None = None,
+    nth: int = 1,
+    after: bool = False,
+    once: str | None = None,
+) -> None:
     """Do something to this process at the ``nth`` call of a function, or after it.
 
     Args:
         at: the function, ``module:name`` or ``module:Class.name`` below ``modern_llm``.
         do: one of `ACTS`, or the name of a signal to this process.
         rank: of the process; default: all of them.
+        nth: call; 0: each of them.
+        after: when it returns.
+        once: file that says that it was done, in whatever process.
     """
     if rank is not None and rank != int(os.environ.get("RANK", "0")):
+        return
+    if once is not None and Path(once).exists():
         return
     module, _, path = at.partition(":")
     owner: Any = importlib.import_module(f"modern_llm.{module}")
@@ -62,6 +95,8 @@ def plant(at: str, do: str, *, rank: int | None = None, nth: int = 1, after: boo
 
     def faulty(*args: Any, **kwargs: Any) -> Any:
         due = nth in (0, next(calls))
+        if due and once is not None:
+            Path(once).touch()
         if due and not after and do != "break loss":
             act(do, *args)
         result = call(*args, **kwargs)
@@ -102,7 +137,7 @@ def take_long(*args: Any) -> None:
 
 
 def pause(*args: Any) -> None:
-    time.sleep(random.Random(os.urandom(8)).uniform(0.0, 0.15))
+    time.sleep(random.Random(os.urandom(8)).uniform(0.0, 0.03))
 
 
 def fill_disk(target: Path, *args: Any) -> None:
@@ -287,3 +322,7 @@ def accumulate(
             save_file(gradients, Path(folder) / "gradients.safetensors")
             told = {"loss": stats.loss, "grad_norm": stats.grad_norm, "units": stats.units}
             (Path(folder) / "stats.json").write_text(json.dumps(told))
+
+
+if __name__ == "__main__":  # of torchrun, which starts a file
+    sys.exit(command(**json.loads(sys.argv[1])))

@@ -335,7 +335,7 @@ def joined(ranks: Ranks, *, timeout_s: float) -> Iterator[Group]:
         yield _group
         return
     limit = timedelta(seconds=timeout_s)
-    store = None
+    store, start = None, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # one store for all
     try:
         if torch.cuda.is_available():
             torch.cuda.set_device(own_gpu(ranks))
@@ -344,10 +344,10 @@ def joined(ranks: Ranks, *, timeout_s: float) -> Iterator[Group]:
         )
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(
-            backend, store=PrefixStore("group", store), rank=rank, world_size=world_size,
+            backend, store=PrefixStore(f"group-{start}", store), rank=rank, world_size=world_size,
             timeout=limit,
         )  # fmt: skip
-        _group = Group(ranks, timeout_s=timeout_s, store=PrefixStore("notes", store))
+        _group = Group(ranks, timeout_s=timeout_s, store=PrefixStore(f"notes-{start}", store))
     except ConfigError as error:
         error.told = False  # the others have GPUs, and do not know
         raise
