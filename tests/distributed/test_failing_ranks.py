@@ -107,6 +107,27 @@ def test_a_rank_that_dies_while_rank_0_prepares_data(start: Start) -> None:
     assert saved(stage) == []
 
 
+def test_rank_0_is_waited_for_as_long_as_it_prepares(start: Start) -> None:
+    """Beyond the timeout of a step; and what is written while the others wait counts too."""
+    job, stage = start(
+        2, "ddp",
+        {"at": "alignment.stages.pretrain:training_stores", "rank": 0, "do": "take long"},
+        {"at": "training.saving:write_checkpoint", "nth": 4, "rank": 0, "do": "take long"},
+    )  # fmt: skip
+    job.succeeds()
+    assert time.perf_counter() - job.begin > 2 * TIMEOUT_S
+    assert saved(stage) == [2, 4, 6, 8, 9]
+
+
+def test_a_rank_that_dies_before_all_have_met(start: Start) -> None:
+    for point in ("runtime.ranks:rendezvous", "runtime.ranks:Group.__init__"):
+        job, stage = start(2, "ddp", {"at": point, "rank": 1, "do": "SIGKILL"})
+        job.wait(2 * TIMEOUT_S + 20)
+        assert job.codes == [7, -signal.SIGKILL], f"{point}: {job.text}"
+        assert len(job.errors()) == 1, job.text
+        assert not stage.exists()
+
+
 def test_what_fails_on_rank_0_alone_is_told_once_with_its_code(start: Start) -> None:
     job, _ = start(
         3, "ddp", {"at": "alignment.stages.pretrain:training_stores", "rank": 0, "do": "data"}

@@ -4,9 +4,9 @@ The launcher starts every rank with the same command: ``torchrun``, ``accelerate
 ``srun`` with one task a device. Rank 0 leads: it alone prepares data, samples, scores and writes;
 the others wait for its orders and take part where a model is trained.
 
-Two groups carry what is said. The first has a time limit: who does not answer in a training step
-is dead. The second is patient, because rank 0 may prepare data for hours while the others wait;
-a rank that dies closes its connections, and that ends both waits at once.
+Waits in a training step have a time limit: who does not answer is dead. The wait for rank 0's word
+has none, because it may prepare data for hours; a rank that dies closes its connections, and that
+ends both waits at once.
 """
 
 import json
@@ -108,7 +108,6 @@ class Group:
         self._in_step = False  # all ranks compute: nobody waits for an order
         self._alone = False  # in step, but the others wait for what rank 0 says of its work
         self._store = store
-        self._patient = dist.new_group(backend="gloo", timeout=PATIENCE) if store else None
         self._counts = (
             dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)) if store else None
         )
@@ -184,13 +183,20 @@ class Group:
             return value  # type: ignore[return-value]
         text = to_json(value).encode() if self.leads else b""
         size = torch.tensor([len(text)], dtype=torch.int64)
-        dist.broadcast(size, src=0, group=self._patient)
+        self._broadcast(size)
         data = torch.empty(int(size), dtype=torch.uint8)
         if self.leads:
             data = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-        dist.broadcast(data, src=0, group=self._patient)
+        self._broadcast(data)
         shared: T = json.loads(bytes(data.tolist()))
         return shared
+
+    def _broadcast(self, data: Tensor) -> None:
+        """Send rank 0's ``data`` to all, who wait for it as long as it takes."""
+        assert self._counts is not None
+        patient = dist.BroadcastOptions()
+        patient.rootRank, patient.timeout = 0, PATIENCE
+        self._counts.broadcast([data], patient).wait()  # dist.broadcast takes no limit
 
     def leader(self, call: Callable[[], T]) -> T:
         """What ``call`` returns on rank 0 (plain JSON), on every rank; the others do not call.
@@ -329,7 +335,7 @@ def joined(ranks: Ranks, *, timeout_s: float) -> Iterator[Group]:
         yield _group
         return
     limit = timedelta(seconds=timeout_s)
-    store = None
+    store, start = None, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # one store for all
     try:
         if torch.cuda.is_available():
             torch.cuda.set_device(own_gpu(ranks))
@@ -338,9 +344,10 @@ def joined(ranks: Ranks, *, timeout_s: float) -> Iterator[Group]:
         )
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(
-            backend, store=PrefixStore("group", store), rank=rank, world_size=world_size,
+            backend, store=PrefixStore(f"group-{start}", store), rank=rank, world_size=world_size,
             timeout=limit,
         )  # fmt: skip
+        _group = Group(ranks, timeout_s=timeout_s, store=PrefixStore(f"notes-{start}", store))
     except ConfigError as error:
         error.told = False  # the others have GPUs, and do not know
         raise
@@ -353,7 +360,6 @@ def joined(ranks: Ranks, *, timeout_s: float) -> Iterator[Group]:
         )
         failure.told = ranks.rank > 0 and store is not None  # rank 0 was met, and tells
         raise failure from None
-    _group = Group(ranks, timeout_s=timeout_s, store=PrefixStore("notes", store))
     try:
         with _group.named(lambda: "between two stages"):
             yield _group

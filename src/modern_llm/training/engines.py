@@ -8,7 +8,7 @@ import inspect
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -19,7 +19,6 @@ from torch.distributed.fsdp import (
     FSDPModule,
     MixedPrecisionPolicy,
     fully_shard,
-    register_fsdp_forward_method,
 )
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor
@@ -69,6 +68,10 @@ class Engine(ABC):
 
     def accumulating(self, wrapped: nn.Module) -> AbstractContextManager[Any]:
         """Around the forward and backward of every micro-batch of a step but the last."""
+        return nullcontext()
+
+    def generating(self, model: nn.Module) -> AbstractContextManager[Any]:
+        """Around what calls parts of the model without its forward, as generation does."""
         return nullcontext()
 
     def weights(self, model: nn.Module, *, copy: bool) -> dict[str, Tensor]:
@@ -215,10 +218,17 @@ class FullyShared(Engine):
             fill(model)
         # The logits of chosen tokens are a view; no objective changes them in place.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
-        for name in ("hidden", "logits"):  # called one by one when text is generated
-            if hasattr(model, name):
-                register_fsdp_forward_method(model, name)
         return model
+
+    @contextmanager
+    def generating(self, model: nn.Module) -> Iterator[None]:
+        """What is around the blocks is put together; they do that themselves."""
+        assert isinstance(model, FSDPModule)
+        model.unshard()
+        try:
+            yield
+        finally:
+            model.reshard()
 
     def _policy(self, dtype: torch.dtype) -> MixedPrecisionPolicy:
         return MixedPrecisionPolicy(
@@ -245,6 +255,8 @@ class FullyShared(Engine):
         shared = all(isinstance(p, DTensor) for p in model.parameters())
         if not (isinstance(model, FSDPModule) and shared):
             raise ConfigError("training.distributed=fsdp was not applied to the whole model")
+        # Nobody changes logits in place, and each rank would say it.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         return model
 
 

@@ -342,7 +342,8 @@ class Trainer:
 
     def _sample(self, stop: StopSignal) -> None:
         assert self.sample is not None
-        row = self._aside(self.sample, stop)
+        with self.engine.generating(self.model):
+            row = self._aside(self.sample, stop)
         if row is not None:
             self.run_log.sample({"step": self.progress.step, **row})
 

@@ -294,7 +294,7 @@ class TrainedStage(Stage):
         with group().ordered(order):
             fit, model, audit = self.train()
         leave_if_asked()
-        if group().world_size > 1:
+        if group().together:
             model = self.published(fit)
         scores, missing = split_results(self.scores(model.eval()))
         self.write_result(fit, model, scores, missing, audit)
