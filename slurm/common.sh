@@ -25,7 +25,8 @@
 #
 # Exit codes are those of modern-llm, and 76: given up after MAX_STARTS starts without progress.
 
-set -euo pipefail
+set -Eeuo pipefail
+trap 'say "error: line $LINENO of ${BASH_SOURCE[0]##*/} failed"' ERR # never without a word
 
 GAVE_UP=76
 SIGNALS=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2
@@ -147,7 +148,7 @@ need_job() {
 
 # How many tasks, where they meet, and how srun starts them: `launch`.
 lay_out() {
-    local nodes=$SLURM_JOB_NUM_NODES per_node threads first
+    local nodes=$SLURM_JOB_NUM_NODES per_node threads first address
     if [ -z "${GPUS-}" ]; then
         GPUS=${SLURM_GPUS_ON_NODE-}
         [ -n "$GPUS" ] || GPUS=$( (nvidia-smi -L 2>/dev/null || true) | grep -c '^GPU' || true)
@@ -166,13 +167,14 @@ lay_out() {
 
     # A rank that ends first does not end the others, which may still be saving or scoring.
     launch=(srun --kill-on-bad-exit=0 --wait=0 --nodes="$nodes")
+    [ "$TASKS" != "$((nodes * per_node))" ] || launch+=(--ntasks-per-node="$per_node")
     [ "$per_node" -le "$SLURM_CPUS_ON_NODE" ] || launch+=(--overcommit)
     if [ "${command[0]}" = experiment ]; then
         unset MASTER_ADDR MASTER_PORT # its trainings do not meet
     else
-        first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-        first=$(scontrol --oneliner show node "$first" | sed -nE 's/.* NodeAddr=([^ ]+).*/\1/p')
-        export MASTER_ADDR=${MASTER_ADDR:-$first}
+        read -r first < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+        address=$(scontrol --oneliner show node "$first" | sed -nE 's/.* NodeAddr=([^ ]+).*/\1/p')
+        export MASTER_ADDR=${MASTER_ADDR:-${address:-$first}}
         export MASTER_PORT=${MASTER_PORT:-$((10000 + SLURM_JOB_ID % 20000))}
         [ "$TASKS" = 1 ] || [ "${DISTRIBUTED:-ddp}" = config ] ||
             arguments+=(training.distributed="${DISTRIBUTED:-ddp}")
@@ -219,8 +221,11 @@ follow() {
 
 # Changes whenever a checkpoint, samples or a result of the run are added.
 progress() {
-    (cd "$runs" && find . -path "./$RUN_NAME*" \
-        \( -path '*/checkpoints/step-*' -o -name 'samples-*.jsonl' -o -name result.json \) -print) | sort | cksum
+    local found
+    # Others may remove what they no longer need meanwhile.
+    found=$(cd "$runs" && find . -path "./$RUN_NAME*" \
+        \( -path '*/checkpoints/step-*' -o -name 'samples-*.jsonl' -o -name result.json \) 2>/dev/null) || true
+    sort <<<"$found" | cksum
 }
 
 count_start() {

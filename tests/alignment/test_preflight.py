@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from modern_llm.alignment.pipeline import AlignmentPipeline
+from modern_llm.cli.arguments import duration_s
 from modern_llm.config import list_presets, load_config
 from modern_llm.errors import ConfigError, DataError
 from modern_llm.training import throughput
@@ -240,3 +241,68 @@ def test_every_preset_has_a_plan(tmp_path: Path, offline: None) -> None:
         assert preflight.cost.params > 0
         for problem in preflight.problems:  # of this machine, not of the preset
             assert isinstance(problem, DataError) or ".device: 'cuda'" in str(problem)
+
+
+def test_elsewhere_leaves_devices_out_and_nothing_else(place: Places) -> None:
+    overrides = ("sft.training.device=cuda:7", "eval.device=cuda:7", "verifier.max_new_tokens=126")
+    here, elsewhere = told(place(), *overrides), told(place(), *overrides, elsewhere=True)
+    assert "cuda:7" in here and "cuda:7" not in elsewhere
+    assert "leaves no room for a prompt" in here and "leaves no room for a prompt" in elsewhere
+
+
+def test_batches_are_checked_for_the_ranks_that_will_be(place: Places) -> None:
+    assert "not a multiple" not in told(place(), ranks=1)
+    assert "not a multiple" not in told(place(), "training.micro_batch_size=2", ranks=2)
+    assert "batch_size=4 is not a multiple of micro_batch_size x ranks = 2 x 3" in told(
+        place(), "training.micro_batch_size=2", ranks=3
+    )
+
+
+@pytest.mark.parametrize(
+    ("hours", "ranks", "limit", "line"),
+    [
+        (6, 1, "5:00:00", "warning: the estimate of 6.00 h exceeds the time limit of 5.00 h"),
+        (6, 1, "2:10:00", "this takes a chain of 3 jobs or more"),
+        (6, 2, "5:00:00", "time limit: 5.00 h, the estimate of 3.00 h fits"),
+        (6, 1, "1-0", "time limit: 24.00 h, the estimate of 6.00 h fits"),
+        (6, 1, "UNLIMITED", "the estimate of 6.00 h fits"),
+        (None, 1, "5:00:00", "no estimate to compare with"),
+    ],
+)
+def test_the_estimate_is_held_against_the_time_limit(
+    hours: float | None,
+    ranks: int,
+    limit: str,
+    line: str,
+    place: Places,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """``hours`` is what one device of a made-up peak takes for the tiny pretraining."""
+    here = place()
+    plan = AlignmentPipeline(load_config(here.config)).preflight("pretrain").plan()[0]
+    peak = None if hours is None else plan.flops / (throughput.ASSUMED_MFU * hours * 3600)
+    monkeypatch.setattr("modern_llm.alignment.preflight.peak_flops", lambda *_: peak)
+    flags = ["--stage", "pretrain", "--dry-run", "--ranks", str(ranks), "--time-limit", limit]
+    here.main(*flags, "training.micro_batch_size=2")
+    assert line in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("30", 1800), ("1:30", 90), ("2:00:05", 7205), ("1-2", 93600), ("1-02:03:04", 93784)],
+)
+def test_time_limits_are_read_as_slurm_writes_them(text: str, seconds: float) -> None:
+    """The formats of ``man sbatch``, ``--time``."""
+    assert duration_s(text) == seconds
+
+
+@pytest.mark.parametrize("flag", ["--elsewhere", "--ranks=2", "--time-limit=5"])
+def test_flags_of_a_dry_run_belong_to_one(flag: str, place: Places) -> None:
+    assert place().main(flag) == 2
+
+
+def test_alignment_is_what_follows_pretraining(place: Places) -> None:
+    flight = AlignmentPipeline(load_config(place().config)).preflight("alignment")
+    assert flight.stages == ("sft", "dpo", "verifier", "eval")
+    assert any("run --stage pretrain first" in str(problem) for problem in flight.problems)

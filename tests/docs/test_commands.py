@@ -43,6 +43,8 @@ NOT_RUN = {
     "source .venv/bin/activate": "changes the shell only",
     "git checkout": "changes the working tree",
     "git clone": "needs the network",
+    "sbatch": "tests/slurm runs every script",
+    "bash slurm/": "tests/slurm runs every script",
 }
 
 

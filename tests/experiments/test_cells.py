@@ -72,6 +72,16 @@ def environments(count: int) -> list[dict[str, str]]:
     return [{"SLOT": str(i)} for i in range(count)]
 
 
+def test_the_status_of_a_sweep_is_not_that_of_a_cell(
+    make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("MODERN_LLM_STATUS_FILE", str(tmp_path / "status.json"))
+    cell = make("a", FINISH)
+    assert run_cells([cell], environments=environments(1)) == {}
+    environment = json.loads((cell.folder / "result.json").read_text())[0]
+    assert environment["SLOT"] == "0" and "MODERN_LLM_STATUS_FILE" not in environment
+
+
 def test_a_failing_cell_stops_nothing_and_its_reason_is_told(make: Make) -> None:
     told = "print('noise', file=sys.stderr); print('error: x.jsonl:\\n  no such file', "
     cells = [

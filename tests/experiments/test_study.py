@@ -220,6 +220,47 @@ def test_changed_text_is_another_cell_and_does_not_compare(
             compare_experiments(results, metric=metric)
 
 
+# --- shares -------------------------------------------------------------------------------------
+
+
+def test_shares_train_every_cell_once_and_the_study_then_nothing(
+    make_study: Make, train_here: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config = make_study({**ARMS, "same": {}}, seeds=[0, 1])
+    trained = list[str]()
+
+    def train(cells: Sequence[Cell], **_: Any) -> dict[str, str]:
+        todo = [cell for cell in cells if not cell.finished]
+        trained.extend(cell.name for cell in todo)
+        train_here(todo)
+        return {}
+
+    monkeypatch.setattr("modern_llm.experiments.study.run_cells", train)
+    shares = [Study(config, output=tmp_path).train_share(i, 3)[0] for i in (1, 2, 3)]
+
+    names = [cell.name for share in shares for cell in share]
+    assert sorted(names) == sorted(set(names)) == sorted(trained)
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    assert set(names) == {cell.name for cell in cells_of(Study(config, output=tmp_path))}
+    assert not (tmp_path / "small" / "comparison").exists()
+    assert Study(config, output=tmp_path).run().folder == tmp_path / "small" / "comparison"
+    assert len(trained) == len(names), "nothing was left to train"
+
+
+def test_equal_seconds_are_not_divided(make_study: Make, tmp_path: Path) -> None:
+    config = make_study(ARMS, hold="seconds", speed_rounds=1)
+    with pytest.raises(ConfigError, match="on one machine"):
+        Study(config, output=tmp_path).train_share(1, 2)
+
+
+@pytest.mark.parametrize("share", ["0/2", "3/2", "2", "a/b", "-1/2"])
+def test_a_share_that_cannot_be_is_refused(share: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["experiment", "heads", f"--cells={share}"])
+    assert stop.value.code == 2
+    assert "I/N with I from 1 to N" in capsys.readouterr().err
+
+
 # --- failures -----------------------------------------------------------------------------------
 
 
