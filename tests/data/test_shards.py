@@ -49,7 +49,7 @@ def stores(tokenizer: Tokenizer, folder: Path, settings: Making) -> dict[str, To
         return {
             "text": text_store(synthetic("text", data), "train", tokenizer, data, max_rows=240),
             "instruct": instruct_store(
-                synthetic("instruct", data), "train", tokenizer, data, max_tokens=36
+                synthetic("instruct", data), "train", tokenizer, data, max_tokens=24
             ),
             "pairs": pair_store(
                 synthetic("pairs", data), "train", tokenizer, data, max_prompt=24, max_answer=12
