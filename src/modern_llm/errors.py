@@ -8,6 +8,7 @@ class ModernLLMError(Exception):
     """Base of all errors that are told to the user as one message, without a traceback."""
 
     exit_code = 1
+    told: bool | None = None  # of several ranks: whether another one tells it; None: not known
 
 
 class ConfigError(ModernLLMError):
@@ -38,6 +39,23 @@ class ProtectedPathError(ModernLLMError):
     """A result exists and may not be changed, or an output folder cannot be written."""
 
     exit_code = 6
+
+
+class PeerError(ModernLLMError):
+    """Another rank of the run failed, died, or did not answer in time.
+
+    Args:
+        message: what this rank knows of it.
+        exit_code: of the rank that failed, which tells the cause itself; this one has no more to
+            tell. ``None``: nobody told yet.
+    """
+
+    exit_code = 7
+
+    def __init__(self, message: str, *, exit_code: int | None = None) -> None:
+        super().__init__(message)
+        if exit_code is not None:
+            self.told, self.exit_code = True, exit_code
 
 
 class StoppedBySignal(ModernLLMError):  # noqa: N818 - a stop is not an error

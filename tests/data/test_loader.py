@@ -20,7 +20,7 @@ from modern_llm.data.loader import (
 from modern_llm.data.packing import PackedRows, TextRows, pack
 from modern_llm.data.store import TokenStore, build_store
 from modern_llm.errors import ConfigError
-from modern_llm.runtime.devices import Ranks
+from modern_llm.runtime.ranks import Ranks
 
 BOS, EOS, PAD = 1, 2, 0
 FAST = settings(max_examples=40, deadline=None)

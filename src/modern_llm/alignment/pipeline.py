@@ -7,9 +7,9 @@ from pathlib import Path
 
 from modern_llm.alignment.precision import concrete
 from modern_llm.alignment.preflight import Preflight
-from modern_llm.alignment.stages import STAGES, Stage
+from modern_llm.alignment.stages import STAGES, Stage, TrainedStage
 from modern_llm.config import STAGES as STAGE_ORDER
-from modern_llm.config import PipelineConfig
+from modern_llm.config import TRAINED_STAGES, PipelineConfig
 from modern_llm.errors import ConfigError, ProtectedPathError
 from modern_llm.runtime.artifacts import (
     Policy,
@@ -19,8 +19,10 @@ from modern_llm.runtime.artifacts import (
     write_json,
 )
 from modern_llm.runtime.environment import environment
-from modern_llm.runtime.logs import get_logger
+from modern_llm.runtime.logs import get_logger, log_of_rank
 from modern_llm.runtime.names import standing_siblings
+from modern_llm.runtime.ranks import group
+from modern_llm.training.engines import check_launch
 
 log = get_logger(__name__)
 
@@ -84,6 +86,8 @@ class AlignmentPipeline:
         Raises:
             ModernLLMError: any mistake of the user's; see `modern_llm.errors`.
         """
+        for name in set(self._stages(stage)) & set(TRAINED_STAGES):
+            check_launch(self.config.stage(name).training.distributed.name)
         self.preflight(stage, checkpoint=checkpoint).raise_problems()
         run = self._claim_folder()
         if run is None:
@@ -93,6 +97,7 @@ class AlignmentPipeline:
             )
             return None
         with locked(run):
+            _log_of_rank(run)
             self._write_records(run)
             ran = tuple(
                 name
@@ -100,6 +105,21 @@ class AlignmentPipeline:
                 if self._run_stage(run, name, checkpoint if i == 0 else None)
             )
         return Outcome(run, ran)
+
+    def follow(self) -> None:
+        """What the ranks beside the first do: train where rank 0 says so, until it is done.
+
+        Raises:
+            ModernLLMError: any of the training, on all ranks; that of rank 0 as a `PeerError`.
+        """
+        for order in group().orders():
+            run, parent = Path(order["run"]), order["parent"]
+            _log_of_rank(run)
+            stage: TrainedStage = STAGES[order["stage"]](
+                self.config, run, parent and Path(parent),
+                allow_data_change=self.allow_data_change,
+            )  # fmt: skip
+            stage.train()
 
     @staticmethod
     def _stages(stage: str) -> Sequence[str]:
@@ -165,6 +185,13 @@ class AlignmentPipeline:
             write_json(run / "environment.json", {**environment(), **self.origin}, on_exists="skip")
         elif _config_hash(run) != self.config.sha256():
             raise ProtectedPathError(f"{run}: another run took this folder; start again")
+
+
+def _log_of_rank(run: Path) -> None:
+    """Keep what each of several ranks logs beside the run's results."""
+    if group().together:
+        ranks = group().ranks
+        log_of_rank(run / "logs" / f"rank-{ranks.rank:05d}.log", console_too=group().leads)
 
 
 def _config_hash(run: Path) -> str | None:

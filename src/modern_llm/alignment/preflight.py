@@ -14,7 +14,14 @@ import torch
 from modern_llm.alignment.stages import STAGES
 from modern_llm.alignment.stages.base import check_architecture
 from modern_llm.alignment.stages.evaluate import POLICIES
-from modern_llm.config import TRAINED_STAGES, DataConfig, PipelineConfig, SourceConfig
+from modern_llm.config import (
+    TRAINED_STAGES,
+    DataConfig,
+    PipelineConfig,
+    SourceConfig,
+    TrainingConfig,
+)
+from modern_llm.data.loader import check_sizes
 from modern_llm.data.sources import open_source
 from modern_llm.data.sources.hub import stay_offline_if_unreachable
 from modern_llm.data.templates import MIN_PROMPT_TOKENS
@@ -26,9 +33,11 @@ from modern_llm.models.ffn import ACTIVATIONS, FFNS
 from modern_llm.models.norms import NORMS
 from modern_llm.models.positions import POSITIONS
 from modern_llm.runtime.artifacts import sha256_file
-from modern_llm.runtime.devices import check_precision, resolve_device, single_process
+from modern_llm.runtime.devices import check_precision, resolve_device
 from modern_llm.runtime.logs import check_trackers
+from modern_llm.runtime.ranks import group
 from modern_llm.training.checkpoint import MANIFEST, META, read_checkpoint, verify_checkpoint
+from modern_llm.training.engines import ENGINES
 from modern_llm.training.optim import build_optimizers
 from modern_llm.training.schedule import Schedule
 from modern_llm.training.throughput import ASSUMED_MFU, peak_flops
@@ -154,9 +163,9 @@ class Preflight:
             yield partial(registry.check, part.name, part.options)
         yield partial(ACTIVATIONS.resolve, model.activation)
         yield lambda: self.cost
-        yield single_process
         for stage in self.trained:
             training = self.config.stage(stage).training
+            yield partial(_check_ranks, training)
             yield partial(build_optimizers, _tiny_model(), training)
             yield partial(Schedule, training)
             yield partial(check_trackers, training.trackers)
@@ -319,6 +328,12 @@ def _tiny_model() -> torch.nn.Module:
 
 def _no_texts() -> Iterator[str]:
     return iter(())
+
+
+def _check_ranks(training: TrainingConfig) -> None:
+    """The engine is known, the launch fits it, and the batch divides over the ranks."""
+    ENGINES.build(training.distributed, torch.device("cpu"), training.precision)
+    check_sizes(training.batch_size, training.micro_batch_size, group().ranks)
 
 
 def _check_device(section: str, name: str, precision: str) -> None:

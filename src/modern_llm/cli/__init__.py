@@ -20,6 +20,7 @@ from modern_llm.registry import load_plugin
 EXIT_CODES = """exit codes:
   0 done   1 'verify' found problems, a study has no result, or a bug with its traceback
   2 config   3 data   4 checkpoint   5 diverged   6 protected or unwritable path
+  7 another rank died or did not answer
   75 stopped by a signal after saving: the same command (without --force) goes on
   130 interrupted"""
 
@@ -88,19 +89,35 @@ COMMANDS = {
 
 
 def _guarded(execute: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
-    """Run a command; a user's mistake is one message and its exit code, a bug a traceback."""
+    """Run a command; a user's mistake is one message and its exit code, a bug a traceback.
+
+    Of several ranks one tells: the first that failed, or rank 0 what all of them see.
+    """
+    tells, code, reason = _is_first(), 0, "done"
     try:
-        return execute(args)
+        code = execute(args)
     except ModernLLMError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        tells = tells if error.told is None else not error.told
+        code, reason = error.exit_code, str(error)
+        if tells:
+            print(f"error: {error}", file=sys.stderr)
     except KeyboardInterrupt:
+        code, reason = 130, "interrupted"
         told = "interrupted; the same command goes on from what was saved (without --force)"
         print(told, file=sys.stderr)
-        return 130
     except BrokenPipeError:  # the reader of our output, such as head, is gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    if tells and (path := os.environ.get("MODERN_LLM_STATUS_FILE")):
+        from modern_llm.runtime.artifacts import write_status
+
+        write_status(Path(path), {"exit_code": code, "reason": reason})
+    return code
+
+
+def _is_first() -> bool:
+    """Whether this process is the first of those that its launcher started."""
+    srun = "SLURM_STEP_NUM_TASKS" in os.environ
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0") if srun else "0") == "0"
 
 
 def parser_of(command: str, *, prog: str | None = None) -> argparse.ArgumentParser:

@@ -16,7 +16,6 @@ from modern_llm.config import STAGES, PipelineConfig, load_config
 from modern_llm.config.loading import Rewrite
 from modern_llm.errors import ConfigError
 from modern_llm.runtime.artifacts import Policy
-from modern_llm.runtime.signals import stop_at_once
 
 
 def run_arguments(parser: argparse.ArgumentParser, *, named: bool = True) -> None:
@@ -53,6 +52,8 @@ def run(args: argparse.Namespace, *, rewrite: Rewrite | None = None) -> int:
     """Run stages, write report and ledger, show them; ``rewrite``: see `load_config`."""
     config = config_of(args, rewrite=rewrite)
     from modern_llm.alignment.pipeline import AlignmentPipeline
+    from modern_llm.runtime.ranks import joined, launched_ranks
+    from modern_llm.runtime.signals import stop_at_once
 
     stage, checkpoint = getattr(args, "stage", "all"), getattr(args, "checkpoint", None)
     if checkpoint is not None and stage == "all":
@@ -68,10 +69,14 @@ def run(args: argparse.Namespace, *, rewrite: Rewrite | None = None) -> int:
         from modern_llm.alignment.plan import print_plan
 
         return print_plan(config, pipeline.preflight(stage, checkpoint=checkpoint))
-    with stop_at_once():
-        outcome = pipeline.run(stage, checkpoint=checkpoint)
-        if outcome is not None and not args.no_report:
-            _conclude(outcome.run, config, changed=bool(outcome.ran), on_exists=args.on_exists)
+    with joined(launched_ranks(), timeout_s=config.rank_timeout_s) as group, stop_at_once():
+        if not group.leads:
+            pipeline.follow()
+            return 0
+        with group.leading():
+            outcome = pipeline.run(stage, checkpoint=checkpoint)
+            if outcome is not None and not args.no_report:
+                _conclude(outcome.run, config, changed=bool(outcome.ran), on_exists=args.on_exists)
     return 0
 
 

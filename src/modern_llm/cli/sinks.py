@@ -8,7 +8,6 @@ from pathlib import Path
 from modern_llm.cli.arguments import add_place, add_policy, config_of
 from modern_llm.config import PipelineConfig
 from modern_llm.errors import ConfigError
-from modern_llm.runtime.signals import stop_at_once
 
 MODES = {"demo": (1, 64), "full": (3, 128)}  # seeds, texts at most
 LOCAL_TEXT = "tinyshakespeare"  # the demo's, where it is there; else generated text
@@ -52,6 +51,8 @@ def run(args: argparse.Namespace) -> int:
         tuple(range(config.seed, config.seed + count)), tuple(folders), tuple(args.plugin),
         shlex.join(["modern-llm", *args.command]), args.on_exists,
     )  # fmt: skip
+    from modern_llm.runtime.signals import stop_at_once
+
     with stop_at_once():
         written = run_study(study)
         if written is None:

@@ -187,6 +187,7 @@ class PipelineConfig(Schema):
     description: str = ""
     seed: NonNegativeInt = 0
     max_steps: PositiveInt | None = None  # caps each trained stage, for smoke runs
+    rank_timeout_s: PositiveFloat = 600.0  # of several ranks: longest wait for one in a step
     plugins: dict[str, str] = Field(default_factory=dict)  # file name -> sha256 of --plugin
     model: ModelConfig
     tokenizer: TokenizerConfig = TokenizerConfig()
@@ -315,11 +316,13 @@ def config_sha256(config: Mapping[str, Any]) -> str:
 
     A later version has more fields, so the file's own are what an earlier run's hash was made of.
     """
-    neutral = ("name", "description", "paths", "training")
+    neutral = ("name", "description", "paths", "training", "rank_timeout_s")
     value = {key: section for key, section in config.items() if key not in neutral}
     value["data"] = {k: v for k, v in value["data"].items() if k not in ("root", "cache_dir")}
     for stage in TRAINED_STAGES:
         training = {k: v for k, v in value[stage]["training"].items() if k not in LOGGING}
+        if "distributed" in training:  # changes no number beyond rounding
+            training["distributed"] = "none"
         value[stage] = {**value[stage], "training": training}
     return sha256_json(value)
 

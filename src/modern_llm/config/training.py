@@ -39,7 +39,7 @@ class TrainingConfig(Schema):
     compile: bool = False
     activation_checkpointing: bool = False
     doc_mask: bool = False  # pretrain: documents packed in one row do not see each other
-    distributed: Literal["none"] = "none"
+    distributed: Component = Component("none")  # none, ddp, zero1 or fsdp
     device: str = "auto"
     threads: PositiveInt | None = None  # CPU threads; default: torch's choice
     seed: NonNegativeInt = 0

@@ -19,7 +19,7 @@ from modern_llm.data.packing import PackedRows, Rows, TextRows
 from modern_llm.data.store import TokenStore
 from modern_llm.errors import ConfigError
 from modern_llm.runtime.artifacts import sha256_json
-from modern_llm.runtime.devices import Ranks
+from modern_llm.runtime.ranks import Ranks
 from modern_llm.runtime.seeding import derive_seed
 
 PATTERN_SLOTS = round(1 / MIN_SHARE)  # a mixture is exact over this many rows
@@ -37,7 +37,7 @@ class Loader(Protocol[B]):
         """All micro-batches of optimizer step ``step`` (from 0) of this rank."""
 
     def one_pass(self) -> "Batches[B]":
-        """Every row once in a fixed order: this rank's share of it."""
+        """Every row once in a fixed order, the same on every rank."""
 
 
 class Batches(Sequence[B], Generic[B]):
@@ -101,7 +101,7 @@ class _StepLoader(ABC, Generic[B]):
     def _fixed_pass(self, rows: Ints) -> Batches[B]:
         cuts = range(self.micro_batch_size, len(rows), self.micro_batch_size)
         groups = np.split(rows, list(cuts))
-        return Batches(groups[self.ranks.rank :: self.ranks.world_size], self._make)
+        return Batches(groups, self._make)
 
     @abstractmethod
     def _rows_of(self, slots: Ints) -> Ints:
@@ -138,7 +138,7 @@ class _MixtureLoader(_StepLoader[TokenBatch]):
         self.steps_per_epoch = -(-self.total // batch_size)
 
     def one_pass(self) -> Batches[TokenBatch]:
-        """Every row, and so every token, once, part after part: this rank's share of the pass."""
+        """Every row, and so every token, once, part after part."""
         return self._fixed_pass(np.arange(self.total))
 
     def _rows_of(self, slots: Ints) -> Ints:

@@ -14,7 +14,7 @@ from modern_llm.models.attention import AttentionContext
 from modern_llm.models.block import Block
 from modern_llm.models.cost import Cost
 from modern_llm.models.dims import Dims
-from modern_llm.models.initialize import calm_tied_logits, initialize
+from modern_llm.models.initialize import calm_tied_logits, initialize, initialize_again
 from modern_llm.models.kv_cache import KVCache, StateCache, StreamingCache
 from modern_llm.models.linear import Linear
 from modern_llm.models.masks import Piece, Window, additive, document_positions, visible_keys
@@ -69,6 +69,10 @@ class ModernDecoderLM(WeightsMixin):
         if config.tie_embeddings:
             last_norm = self.final_norm if pre_norm else self.blocks[-1].ffn_norm
             calm_tied_logits(last_norm, config)  # type: ignore[arg-type]
+
+    def initialize_again(self) -> None:
+        """Draw what the constructor could not, see `models.initialize.without_memory`."""
+        initialize_again(self, self.config)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile each block, in place, with the options of ``torch.compile``.

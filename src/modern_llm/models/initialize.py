@@ -1,13 +1,16 @@
 """First values of all parameters."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from modern_llm.config import ModelConfig
 from modern_llm.models.linear import GroupedLinear, Linear
 from modern_llm.models.norms import Norm
+from modern_llm.models.weights import placed
 
 
 @torch.no_grad()
@@ -21,11 +24,51 @@ def initialize(model: nn.Module, config: ModelConfig) -> None:
     residual_std = config.init_std / math.sqrt(2 * config.n_layers)
     for module in model.modules():
         if isinstance(module, Linear | GroupedLinear):
-            nn.init.normal_(module.weight, std=residual_std if module.residual else config.init_std)
+            draw_normal(module.weight, std=residual_std if module.residual else config.init_std)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=config.init_std)
+            draw_normal(module.weight, std=config.init_std)
+
+
+def draw_normal(weight: Tensor, *, std: float) -> None:
+    """Fill with Normal(0, ``std``); a tensor of which each rank has a part as if it were whole."""
+    if weight.is_meta:
+        return  # drawn when it has memory
+    whole = weight if type(weight) in (Tensor, nn.Parameter) else torch.empty(weight.shape)
+    nn.init.normal_(whole, std=std)
+    if whole is not weight:
+        weight.copy_(placed(whole, weight))
+
+
+@contextmanager
+def without_memory() -> Iterator[None]:
+    """Models made inside have their matrices on the meta device, and all else as always."""
+    register = nn.Module.register_parameter
+
+    def register_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and param.ndim >= 2:
+            param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
+        register(self, name, param)
+
+    nn.Module.register_parameter = register_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+@torch.no_grad()
+def initialize_again(model: nn.Module, config: ModelConfig) -> None:
+    """Draw what the constructor would have drawn, for a model made `without_memory`.
+
+    Torch's generator must be where the constructor left it: that of `nn.Embedding` draws a table,
+    which `initialize` draws again.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            nn.init.normal_(torch.empty(module.weight.shape))
+    initialize(model, config)
 
 
 @torch.no_grad()

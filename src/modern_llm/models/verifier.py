@@ -2,12 +2,14 @@
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modern_llm.config import ModelConfig
 from modern_llm.models.cost import Cost
 from modern_llm.models.decoder import ModernDecoderLM
+from modern_llm.models.initialize import draw_normal
 from modern_llm.models.linear import Linear
 from modern_llm.models.weights import WeightsMixin
 
@@ -30,8 +32,17 @@ class VerifierModel(WeightsMixin):
         self.config = config
         self.trunk = ModernDecoderLM(config)
         self.value_head = Linear(config.d_model, 1, bias=True)
-        nn.init.normal_(self.value_head.weight, std=config.init_std)
         nn.init.zeros_(self.value_head.bias)
+        self._draw_head()
+
+    @torch.no_grad()
+    def _draw_head(self) -> None:
+        draw_normal(self.value_head.weight, std=self.config.init_std)
+
+    def initialize_again(self) -> None:
+        """As in `ModernDecoderLM`."""
+        self.trunk.initialize_again()
+        self._draw_head()
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the trunk; see `ModernDecoderLM.compile`."""

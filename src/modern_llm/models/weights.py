@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from modern_llm.errors import CheckpointError
 
@@ -15,7 +16,8 @@ def model_weights(model: nn.Module) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
     seen: set[tuple[int, int, torch.Size]] = set()
     for name, tensor in model.state_dict().items():
-        storage = tensor.untyped_storage()._cdata  # an address would be 0 on the meta device
+        own = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        storage = own.untyped_storage()._cdata  # an address would be 0 on the meta device
         key = (storage, tensor.storage_offset(), tensor.shape)
         if tensor.numel() and key in seen:
             continue
@@ -53,7 +55,25 @@ def copy_weights(
         more = f"; and {len(found) - 8} more" if len(found) > 8 else ""
         raise CheckpointError(f"{source} does not fit this model: {'; '.join(found[:8])}{more}")
     for name, x in own.items():
-        x.copy_(given[name])
+        x.copy_(placed(given[name], x))
+
+
+def whole(x: Tensor) -> Tensor:
+    """A tensor of which each rank has a part, put together on all of them; any other as it is."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def placed(x: Tensor, like: Tensor) -> Tensor:
+    """The part of ``x`` that this rank has of ``like``; all of it where ``like`` is whole.
+
+    Args:
+        x: the same on every rank.
+        like: of the same shape.
+    """
+    if not isinstance(like, DTensor):
+        return x
+    mesh = like.device_mesh
+    return distribute_tensor(x.to(mesh.device_type), mesh, like.placements, src_data_rank=None)
 
 
 def _kind(x: Tensor) -> str:

@@ -205,6 +205,15 @@ def write_json(path: Path, value: Any, *, on_exists: Policy = "timestamp") -> Pa
     return write_text(path, to_json(value), on_exists=on_exists)
 
 
+def write_status(path: Path, value: Any) -> None:
+    """Put JSON in the place of what ``path`` held: no result, but how a command ended."""
+    with _io_told(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = staging_name(path)
+        temporary.write_text(to_json(value))
+        os.replace(temporary, path)
+
+
 def new_folder(path: Path, *, on_exists: Policy = "timestamp") -> Path | None:
     """Make a folder that nobody else has, under the same policies as a file.
 
@@ -323,21 +332,27 @@ class JsonLines:
     A torn last line (the process was killed inside a write) is cut off on opening. A row whose
     ``step`` is not above the last one of its ``kind`` is dropped: after a restart the same steps
     are computed again, to the bit, and are in the file already.
+
+    Args:
+        path: of the file.
+        writes: ``False`` reads what is there, and only remembers what is appended: for the ranks
+            that do what rank 0 does, which writes.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, *, writes: bool = True) -> None:
+        self.path, self.writes = path, writes
         self._last_step: dict[str, int] = {}
         if path.exists():
             self._repair()
 
     def _repair(self) -> None:
         whole = 0
-        with _io_told(self.path), self.path.open("r+b") as file:
+        with _io_told(self.path), self.path.open("r+b" if self.writes else "rb") as file:
             _lock(file, self.path)  # nobody appends between reading and cutting
             for number, line in enumerate(file, start=1):
                 if not line.endswith(b"\n"):
-                    file.truncate(whole)
+                    if self.writes:
+                        file.truncate(whole)
                     break
                 whole += len(line)
                 self._remember(self._parsed(line, number))
@@ -370,11 +385,13 @@ class JsonLines:
         kind, step = str(row.get("kind")), row.get("step")
         if step is not None and self.has(kind, step):
             return False
+        self._remember(row)
+        if not self.writes:
+            return False
         line = json.dumps(_finite(row), allow_nan=False) + "\n"
         with _io_told(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("ab") as file:
                 _lock(file, self.path)
                 file.write(line.encode())
-        self._remember(row)
         return True

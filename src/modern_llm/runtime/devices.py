@@ -6,40 +6,16 @@ import platform
 import resource
 import sys
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
 from modern_llm.errors import ConfigError
 from modern_llm.runtime.environment import cpu_name
+from modern_llm.runtime.ranks import group, own_gpu
 
 Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """This process among all that train together."""
-
-    rank: int = 0
-    local_rank: int = 0
-    world_size: int = 1
-
-
-def single_process() -> Ranks:
-    """The ranks of a run of one process.
-
-    Raises:
-        ConfigError: a launcher started several; each would train alone and write the same files.
-    """
-    world_size = os.environ.get("WORLD_SIZE", "1")
-    if world_size != "1":
-        raise ConfigError(
-            f"WORLD_SIZE={world_size}, but training.distributed=none is one process; "
-            "start a single process"
-        )
-    return Ranks()
 
 
 def resolve_device(name: str = "auto", *, field: str = "training.device") -> torch.device:
@@ -54,7 +30,7 @@ def resolve_device(name: str = "auto", *, field: str = "training.device") -> tor
     """
     if name == "auto":
         if torch.cuda.is_available():
-            return torch.device("cuda")
+            return _own_cuda()
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
@@ -73,7 +49,14 @@ def resolve_device(name: str = "auto", *, field: str = "training.device") -> tor
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
         raise ConfigError(f"{field}: '{name}' is not here; the last of {count} is cuda:{count - 1}")
-    return device
+    return _own_cuda() if name == "cuda" else device
+
+
+def _own_cuda() -> torch.device:
+    """The GPU, or this rank's of several."""
+    if not group().together:
+        return torch.device("cuda")
+    return torch.device("cuda", own_gpu(group().ranks))
 
 
 def _has_bf16() -> bool:

@@ -38,6 +38,22 @@ def get_logger(name: str) -> logging.Logger:
     return root.getChild(name.removeprefix("modern_llm."))
 
 
+def log_of_rank(path: Path, *, console_too: bool) -> None:
+    """Write all messages of this rank to a file of its own, too or instead.
+
+    Args:
+        path: of the file; what is there stays.
+        console_too: on one rank, or the console has everything as often as there are ranks.
+    """
+    root = get_logger(__name__).parent
+    assert root is not None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("[%(asctime)s] %(levelname)-7s %(message)s"))
+    kept = [h for h in root.handlers if console_too and isinstance(h, ConsoleHandler)]
+    root.handlers = [*kept, handler]
+
+
 def counted(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
     """Yield ``items`` and tell how far they are: a bar on a terminal, else a line now and then.
 

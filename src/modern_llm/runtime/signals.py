@@ -7,9 +7,11 @@ from types import FrameType, TracebackType
 from typing import Any, Self, TypeVar
 
 from modern_llm.errors import StoppedBySignal
+from modern_llm.runtime.ranks import group
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 T = TypeVar("T")
+_entered: list["StopSignal"] = []
 
 
 class StopSignal:
@@ -17,12 +19,21 @@ class StopSignal:
 
     A second SIGINT raises ``KeyboardInterrupt``: the user does not want to wait. A request that is
     still unanswered when the block ends goes to the `stop_at_once` around it, if there is one.
+
+    Of several ranks, a signal may reach one, and the others a step later: `agree` gives all of
+    them one answer, and nobody leaves what the others are in before that.
     """
 
     def __init__(self) -> None:
         self.requested: str | None = None
         self._before: dict[int, Any] = {}
         self._leave = False  # inside `unless`
+
+    def agree(self) -> None:
+        """Take over what any rank was asked; all ranks call it at the same place."""
+        asked = 0 if self.requested is None else signal.Signals[self.requested].value
+        if number := group().highest(asked):
+            self.requested = signal.Signals(number).name
 
     def unless(self, call: Callable[[], T]) -> T | None:
         """What ``call`` returns, or ``None`` if a signal came before its end: it is left there.
@@ -32,7 +43,7 @@ class StopSignal:
         result = None
         try:
             try:
-                self._leave = True
+                self._leave = group().world_size == 1
                 if self.requested is None:
                     result = call()
             finally:
@@ -52,6 +63,7 @@ class StopSignal:
 
     def __enter__(self) -> Self:
         self._before = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
+        _entered.append(self)
         around = self._before[signal.SIGTERM]
         if isinstance(around, _StopNow):  # asked before, where the answer was lost
             self.requested = self.requested or around.requested
@@ -63,6 +75,7 @@ class StopSignal:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        _entered.remove(self)
         for number, handler in self._before.items():
             signal.signal(number, handler)
         if self.requested is not None and kind is None:
@@ -72,12 +85,23 @@ class StopSignal:
                 around(number, None)
 
 
+def leave_together() -> None:
+    """End what `StopSignal.unless` calls if any rank was asked to; all ranks call it together.
+
+    One process needs it not: there the signal itself ends the call.
+    """
+    if _entered and group().world_size > 1:
+        _entered[-1].agree()
+        if _entered[-1].requested is not None:
+            raise _Stop
+
+
 class _Stop(BaseException):  # passes what catches Exception
     """Leaves the block of `stop_at_once`, or the call of `StopSignal.unless`."""
 
 
 class _StopNow:
-    """Signal handler that notes the signal and leaves the block.
+    """Signal handler that notes the signal and, where it may, leaves the block.
 
     Extensions written in C may lose the exception, or raise their own in its place (matplotlib
     does), so the note counts, not the exception.
@@ -85,9 +109,13 @@ class _StopNow:
 
     requested: str | None = None
 
+    def __init__(self, *, leave: bool) -> None:
+        self.leave = leave
+
     def __call__(self, number: int, frame: FrameType | None) -> None:
         self.requested = signal.Signals(number).name
-        raise _Stop
+        if self.leave:
+            raise _Stop
 
 
 @contextmanager
@@ -95,12 +123,13 @@ def stop_at_once() -> Iterator[None]:
     """While entered, a stop signal ends the block where it is.
 
     For work between training loops, such as preparing data and evaluation: its files appear whole
-    or not at all, so there is nothing to be saved.
+    or not at all, so there is nothing to be saved. A rank that only follows rank 0 notes the
+    signal for the next training loop: rank 0 has it too, and says what happens.
 
     Raises:
         StoppedBySignal: a signal came.
     """
-    now = _StopNow()
+    now = _StopNow(leave=group().leads)
     before = {number: signal.signal(number, now) for number in STOP_SIGNALS}
     try:
         yield

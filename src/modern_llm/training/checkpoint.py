@@ -220,13 +220,18 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return dict(manifest)
 
 
-def read_checkpoint(folder: Path) -> Checkpoint:
+def read_checkpoint(folder: Path, *, verify: bool = True) -> Checkpoint:
     """Verify a checkpoint and read its weights and its description; runs no code from it.
+
+    Args:
+        folder: of the checkpoint.
+        verify: ``False`` where `verify_checkpoint` was called just now, be it by another rank.
 
     Raises:
         CheckpointError: see `verify_checkpoint`.
     """
-    verify_checkpoint(folder)
+    if verify:
+        verify_checkpoint(folder)
     try:
         weights = load_file(folder / WEIGHTS, device="cpu")
         meta = json.loads((folder / META).read_text())

@@ -5,6 +5,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from modern_llm.models.weights import whole
+
 
 @torch.no_grad()
 def gradient_statistics(named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, Tensor]:
@@ -16,7 +18,7 @@ def gradient_statistics(named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, 
     Args:
         named: names and parameters, their gradients unscaled and not yet clipped.
     """
-    given = [(_part(name), p.grad.double()) for name, p in named if p.grad is not None]
+    given = [(_part(name), whole(p.grad).double()) for name, p in named if p.grad is not None]
     if not given:
         return {}
     count = sum(gradient.numel() for _, gradient in given)

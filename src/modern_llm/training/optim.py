@@ -5,7 +5,7 @@ no norm gain, bias or learned sink.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from modern_llm.errors import CheckpointError, ConfigError
 from modern_llm.registry import Registry
 
 OPTIMIZERS = Registry("optimizer")
+Place = Callable[[nn.Parameter, Mapping[str, Any]], dict[str, Any]]
 FUSED_DEVICES = ("cpu", "cuda", "mps")
 
 
@@ -25,10 +26,12 @@ class Optimizers:
 
     Args:
         parts: optimizers over disjoint parameters, with their peak learning rates set.
+        names: of their classes, where a part wraps its own.
     """
 
-    def __init__(self, *parts: Optimizer) -> None:
+    def __init__(self, *parts: Optimizer, names: Sequence[str] = ()) -> None:
         self.parts: Sequence[Optimizer] = parts
+        self.names = list(names) or [type(part).__name__ for part in parts]
         for group in self.groups():
             group["peak_lr"] = group["lr"]
 
@@ -60,19 +63,23 @@ class Optimizers:
 
     def state_dict(self) -> dict[str, Any]:
         """Moments of each part; hyperparameters come from the config, not from here."""
-        return {
-            "parts": [type(part).__name__ for part in self.parts],
-            "states": [part.state_dict()["state"] for part in self.parts],
-            "sizes": [[len(g["params"]) for g in part.param_groups] for part in self.parts],
-        }
+        return {**self._kind(), "states": [part.state_dict()["state"] for part in self.parts]}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def _kind(self) -> dict[str, Any]:
+        sizes = [[len(g["params"]) for g in part.param_groups] for part in self.parts]
+        return {"parts": self.names, "sizes": sizes}
+
+    def load_state_dict(self, state: Mapping[str, Any], *, place: Place | None = None) -> None:
         """Put back moments; learning rate, decay and the like stay as the config says.
+
+        Args:
+            state: what `state_dict` returned.
+            place: ``(parameter, its moments) -> moments`` where a rank has a part of them.
 
         Raises:
             CheckpointError: the state is of another optimizer or of other parameters.
         """
-        own = self.state_dict()
+        own = self._kind()
         if any(state.get(key) != own[key] for key in ("parts", "sizes")):
             raise CheckpointError(
                 f"the optimizer state is of {state.get('parts')} with {state.get('sizes')} "
@@ -80,8 +87,11 @@ class Optimizers:
                 "use the optimizer that the run began with"
             )
         for part, moments in zip(self.parts, state["states"], strict=True):
-            groups = part.state_dict()["param_groups"]
-            part.load_state_dict({"state": moments, "param_groups": groups})
+            parameters = [p for group in part.param_groups for p in group["params"]]
+            if place is not None:
+                moments = {i: place(parameters[i], value) for i, value in moments.items()}
+            groups = Optimizer.state_dict(part)["param_groups"]  # a sharded one has no other here
+            part.load_state_dict({"state": dict(moments), "param_groups": groups})
 
 
 def is_matrix(name: str, parameter: nn.Parameter) -> bool:

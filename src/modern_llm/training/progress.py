@@ -83,14 +83,15 @@ class RunLog:
 
     def __init__(self, rows: JsonLines, *, title: str, config: TrainingConfig) -> None:
         self.rows = rows
-        self.trackers = Trackers(config.trackers, folder=rows.path.parent, run="trackers")
+        trackers = config.trackers if rows.writes else ()
+        self.trackers = Trackers(trackers, folder=rows.path.parent, run="trackers")
         self.title = title
         self.total_steps = config.max_steps
         self._bar: Bar | None = None
         self._task = TaskID(0)
 
     def __enter__(self) -> Self:
-        if console.is_terminal:
+        if console.is_terminal and self.rows.writes:
             self._bar = Bar(
                 TextColumn("[bold]{task.description}"),
                 BarColumn(bar_width=20),

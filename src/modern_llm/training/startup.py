@@ -10,6 +10,7 @@ from modern_llm.config.schema import Component
 from modern_llm.models.cost import Cost
 from modern_llm.runtime.devices import hardware
 from modern_llm.runtime.logs import get_logger
+from modern_llm.runtime.ranks import group
 from modern_llm.training.throughput import ASSUMED_MFU, Peak, device_peak
 
 log = get_logger(__name__)
@@ -103,10 +104,12 @@ def _named(component: Component) -> str:
 
 def batch_facts(training: TrainingConfig, steps_per_pass: int) -> dict[str, Any]:
     """Rows and tokens of a step and of the stage; tokens count the padding of short rows."""
-    tokens_per_step = training.batch_size * training.seq_len
+    tokens_per_step, ranks = training.batch_size * training.seq_len, group().world_size
     return {
         "micro_batch_rows": training.micro_batch_size,
-        "accumulation": training.batch_size // training.micro_batch_size,
+        "accumulation": training.batch_size // (training.micro_batch_size * ranks),
+        "ranks": ranks,
+        "engine": training.distributed.name,
         "rows": training.batch_size,
         "seq_len": training.seq_len,
         "tokens_per_step": tokens_per_step,
@@ -118,8 +121,8 @@ def batch_facts(training: TrainingConfig, steps_per_pass: int) -> dict[str, Any]
 
 
 def expected_speed(peak: Peak, cost: Cost) -> dict[str, float]:
-    """Tokens a second that the peak allows, and those at the MFU that an estimate counts on."""
-    bound = peak.flops / cost.flops_per_token_training
+    """Tokens a second that all ranks' peak allows, and at the MFU that an estimate counts on."""
+    bound = group().world_size * peak.flops / cost.flops_per_token_training
     return {
         "bound_tokens_per_s": bound,
         "assumed_mfu": ASSUMED_MFU,
@@ -143,6 +146,7 @@ def startup_lines(facts: dict[str, Any]) -> list[str]:
     known = "n/a: this device is not in the table"
     if peak is not None:
         known = f"{peak['flops'] / 1e12:,.3g} TFLOP/s {facts['precision']} ({peak['source']})"
+    ranks = f" x {batch['ranks']} ranks ({batch['engine']})" if batch["ranks"] > 1 else ""
     speed = "n/a: the peak is not known"
     if expected is not None:
         speed = (
@@ -157,7 +161,8 @@ def startup_lines(facts: dict[str, Any]) -> list[str]:
         f"FLOPs       a token, forward: {parts}; attention : feed-forward = "
         f"{flops['attention_to_feed_forward']:.2f}; training: {amount(flops['training'])} "
         "(the head at every token)",
-        f"batch       {batch['micro_batch_rows']} rows x {batch['accumulation']} micro-batches = "
+        f"batch       {batch['micro_batch_rows']} rows x {batch['accumulation']} micro-batches"
+        f"{ranks} = "
         f"{batch['rows']} rows; x {batch['seq_len']} = {batch['tokens_per_step']:,} tokens a step; "
         f"x {batch['steps']:,} steps = {amount(batch['tokens'])} tokens (padding counted), "
         f"{batch['passes']:.2f} passes over the data",

@@ -19,7 +19,6 @@ from modern_llm.errors import (
     DivergedError,
     StoppedBySignal,
 )
-from modern_llm.models.weights import model_weights
 from modern_llm.runtime.artifacts import JsonLines, sha256_json
 from modern_llm.runtime.devices import (
     check_precision,
@@ -30,6 +29,7 @@ from modern_llm.runtime.devices import (
     resolve_precision,
 )
 from modern_llm.runtime.logs import get_logger
+from modern_llm.runtime.ranks import group
 from modern_llm.runtime.seeding import derive_seed, rng_state, seed_everything, set_rng_state
 from modern_llm.runtime.signals import StopSignal
 from modern_llm.training.checkpoint import (
@@ -37,6 +37,7 @@ from modern_llm.training.checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
+from modern_llm.training.engines import Engine, OneProcess
 from modern_llm.training.objectives import Objective
 from modern_llm.training.progress import RunLog, train_row
 from modern_llm.training.records import FirstLoss, FitResult, Progress, StepStats, perplexity
@@ -44,11 +45,11 @@ from modern_llm.training.retention import (
     checkpoint_path,
     list_checkpoints,
     newest_good,
-    prune,
     set_aside_damaged,
     standing_final,
     sweep,
 )
+from modern_llm.training.saving import Saver
 from modern_llm.training.throughput import Work, mfu, peak_flops
 from modern_llm.training.update import Update
 
@@ -62,6 +63,7 @@ class Trainer:
 
     Args:
         model: fresh, or with the weights of the stage before; moved to the config's device.
+            Several ranks train it in the way that ``engine`` made it.
         objective: loss of the stage.
         loader: batches of each step.
         config: how to optimise.
@@ -75,6 +77,7 @@ class Trainer:
         startup: what the stage told before it began, for the record (`startup`).
         resume: go on from the newest good checkpoint; ``False`` refuses a folder that has one.
         allow_data_change: go on although the data is not what it was.
+        engine: how the model lies on the ranks; default: one process has all.
 
     Raises:
         ConfigError: device, precision, optimizer or schedule cannot be had.
@@ -97,6 +100,7 @@ class Trainer:
         startup: Mapping[str, Any] | None = None,
         resume: bool = True,
         allow_data_change: bool = False,
+        engine: Engine | None = None,
     ) -> None:
         self.device = resolve_device(config.device)
         keep_freed_memory()
@@ -111,16 +115,17 @@ class Trainer:
         self.work, self.first_loss = work, first_loss
         self.startup = startup
         self.resume, self.allow_data_change = resume, allow_data_change
-        self.update = Update(self.model, objective, config, device=self.device)
-        self.progress = Progress()
-        self.peak: float | None = None  # FLOP/s of the device
-        self._resumed_from: Path | None = None
-        self._newest: Path | None = None  # checkpoint that verified, or was written here
-        self._validation: tuple[int, dict[str, float]] | None = None  # step, scores
-        self._last_row = Progress()  # for the speed since the last train row
-        self._steps_here = 0  # of this process
+        self.engine = engine or OneProcess(self.device, precision)
         if config.compile:
             self.model.compile()
+        self.update = Update(self.model, objective, config, device=self.device, engine=self.engine)
+        self.progress = Progress()
+        self.peak: float | None = None  # FLOP/s of the devices of all ranks
+        self.saver = Saver(self.checkpoints, keep_last=config.keep_last)
+        self._validation: tuple[int, dict[str, float]] | None = None  # step, scores
+        self._last_row = Progress()  # for the speed since the last train row
+        self._last_busy_s = 0.0
+        self._steps_here = 0  # of this process
 
     def train_step(self, micro_batches: Iterable[Any]) -> StepStats:
         """One optimizer step on all micro-batches of it; see `Update`.
@@ -138,12 +143,18 @@ class Trainer:
         self.progress.loss = stats.loss
         return stats
 
-    def state_dict(self) -> dict[str, Any]:
-        """All that a restart needs beside the weights, as tensors and plain values."""
+    def state_dict(self, *, copy: bool = False) -> dict[str, Any]:
+        """All that a restart needs beside the weights, as tensors and plain values.
+
+        All ranks call it, and rank 0 gets all of it.
+
+        Args:
+            copy: apart from what trains on, on the CPU.
+        """
         return {
             "progress": asdict(self.progress),
-            "update": self.update.state_dict(),
-            "rng": rng_state(self.device),
+            "update": self.update.state_dict(copy=copy),
+            "rng": group().collect(rng_state(self.device)),
             "fingerprint": self.loader.fingerprint,
             "training": self.config.model_dump(mode="json"),
         }
@@ -168,10 +179,38 @@ class Trainer:
             log.warning("going on with another config: training.%s", ", training.".join(changed))
         self.progress = Progress(**state["progress"])
         self.update.load_state_dict(state["update"])
-        set_rng_state(state["rng"], self.device)
+        states = state["rng"] if isinstance(state["rng"], list) else [state["rng"]]
+        if group().ranks.rank < len(states):
+            set_rng_state(states[group().ranks.rank], self.device)
+        else:  # this rank is new
+            self._seed(self.progress.step)
+
+    def _seed(self, *place: int) -> None:
+        """Draw another sequence on every rank; that of one process does not tell its rank."""
+        rank = group().ranks.rank
+        seed_everything(
+            derive_seed(self.config.seed, "training", *([rank, *place] if rank else ()))
+        )
 
     def _restore(self) -> None:
         """Start fresh, or go on from the newest good checkpoint."""
+        found = group().leader(self._newest_good)
+        if found is None:
+            self._seed()
+            return
+        newest = Path(found)
+        checkpoint = read_checkpoint(newest, verify=False)
+        load_model_weights(self.model, checkpoint)
+        self.load_state_dict(checkpoint.trainer_state())
+        if self.progress.step < self.config.max_steps:
+            self.progress.restarts += 1
+        self.saver.resumed(newest, step=self.progress.step)
+        if "validation" in checkpoint.meta:
+            self._validation = (self.progress.step, checkpoint.meta["validation"])
+        log.info("%s: going on from %s", self.folder.name, newest.name)
+
+    def _newest_good(self) -> str | None:
+        """Clear what killed processes left, and say where to go on from."""
         sweep(self.checkpoints)
         if not self.resume and list_checkpoints(self.checkpoints):
             raise CheckpointError(
@@ -179,20 +218,10 @@ class Trainer:
             )
         newest = newest_good(self.checkpoints)
         set_aside_damaged(self.checkpoints, newest=newest)
-        if newest is None:
-            seed_everything(derive_seed(self.config.seed, "training"))
-            return
-        checkpoint = read_checkpoint(newest)
-        load_model_weights(self.model, checkpoint)
-        self.load_state_dict(checkpoint.trainer_state())
-        if self.progress.step < self.config.max_steps:
-            self.progress.restarts += 1
-        self._resumed_from = self._newest = newest
-        if "validation" in checkpoint.meta:
-            self._validation = (self.progress.step, checkpoint.meta["validation"])
-        log.info("%s: going on from %s", self.folder.name, newest.name)
+        return None if newest is None else str(newest)
 
-    def _write(self, target: Path, *, with_state: bool) -> str:
+    def _contents(self, *, with_state: bool, copy: bool) -> dict[str, Any]:
+        """What a checkpoint of now holds, as `write_checkpoint` takes it; all ranks call it."""
         meta = {
             **self.checkpoint_meta,
             "step": self.progress.step,
@@ -200,31 +229,34 @@ class Trainer:
         }
         if self._validation is not None and self._validation[0] == self.progress.step:
             meta["validation"] = self._validation[1]
-        return write_checkpoint(
-            target,
-            weights=model_weights(self.model),
-            meta=meta,
-            tokenizer_json=self.tokenizer_json,
-            trainer_state=self.state_dict() if with_state else None,
-        )
+        return {
+            "weights": self.engine.weights(self.model, copy=copy),
+            "meta": meta,
+            "tokenizer_json": self.tokenizer_json,
+            "trainer_state": self.state_dict(copy=copy) if with_state else None,
+        }
 
-    def _save(self) -> None:
-        """Publish a checkpoint of this step, unless it stands, and prune the old ones."""
-        target = checkpoint_path(self.checkpoints, self.progress.step)
-        if target.exists():
-            return
-        begin = time.perf_counter()
-        digest = self._write(target, with_state=True)
-        seconds, self._newest = time.perf_counter() - begin, target
-        row = {"step": self.progress.step, "name": target.name, "sha256": digest}
-        self.run_log.saved({**row, "seconds": round(seconds, 3)})
-        # A stop saves before the evaluation, so the folder may not know that it is the best.
-        best = checkpoint_path(self.checkpoints, self.progress.best_step)
-        protect = {path for path in (target, best, self._resumed_from) if path is not None}
-        prune(self.checkpoints, keep_last=self.config.keep_last, protect=protect)
+    def _save(self, *, wait: bool) -> None:
+        """Publish a checkpoint of this step, unless it stands, and prune the old ones.
+
+        Args:
+            wait: until it is published; else training goes on beside it.
+        """
+        step = self.progress.step
+        if step != self.saver.step:
+            self.saver.finish()
+            begin = time.perf_counter()
+            contents = self._contents(with_state=True, copy=not wait)
+            # A stop saves before the evaluation, so the folder may not know that it is the best.
+            best = checkpoint_path(self.checkpoints, self.progress.best_step)
+            self.saver.start(step, contents, protect={best}, begin=begin)
+        if wait:
+            self.saver.finish()
 
     def fit(self) -> FitResult:
         """Train up to ``max_steps``, or from the newest checkpoint on; publish ``final/``.
+
+        Every rank calls it, and all do the same; rank 0 writes.
 
         Raises:
             DivergedError: loss, gradient or weights are not finite; names the last checkpoint.
@@ -232,23 +264,31 @@ class Trainer:
             CheckpointError: the folder's checkpoints are of another model.
             DataError: the data changed since the run began, or a step has nothing to learn.
             ProtectedPathError: a checkpoint cannot be written; the last good one stands.
+            PeerError: another rank failed, or did not answer.
         """
-        rows = JsonLines(self.folder / "metrics.jsonl")
-        self._restore()
-        self._last_row = replace(self.progress)
-        if self.work is not None:
-            self.peak = peak_flops(self.device, self.config.precision)
-        with RunLog(rows, title=self.folder.name, config=self.config) as self.run_log:
-            self._tell_start()
-            try:
-                with StopSignal() as stop:
-                    self._loop(stop)
-            except DivergedError as error:
-                self._tell_stop("diverged")
-                good = self._newest or "none yet"
-                raise DivergedError(f"{error}; last good checkpoint: {good}") from None
-            result = self._publish()
-            self._tell_stop("finished")
+        with group().named(lambda: f"{self.folder.name}, step {self.progress.step + 1}"):
+            self._restore()
+            self._last_row = replace(self.progress)
+            if self.work is not None:
+                peak = peak_flops(self.device, self.config.precision)
+                self.peak = peak and peak * group().world_size
+            with group().leader_first():  # who opens the log first mends it
+                rows = JsonLines(self.folder / "metrics.jsonl", writes=group().leads)
+            with RunLog(rows, title=self.folder.name, config=self.config) as self.run_log:
+                self.saver.saved = self.run_log.saved
+                self._tell_start()
+                try:
+                    with StopSignal() as stop:
+                        self._loop(stop)
+                except DivergedError as error:
+                    self.saver.close()
+                    self._tell_stop("diverged")
+                    good = self.saver.newest or "none yet"
+                    raise DivergedError(f"{error}; last good checkpoint: {good}") from None
+                finally:
+                    self.saver.close()
+                result = self._publish()
+                self._tell_stop("finished")
         return result
 
     def _loop(self, stop: StopSignal) -> None:
@@ -265,12 +305,16 @@ class Trainer:
         """Evaluate, sample and save where it is due.
 
         A stop saves at once and leaves the rest: a scheduler's grace is shorter than a validation
-        pass. The next start does first what is left.
+        pass. The next start does first what is left. Of several ranks all save the same step.
         """
+        self.saver.check()
+        stop.agree()
         for hook in self._left():
             hook(stop)
+            stop.agree()
         if stop.requested or self._due(self.config.save_every):
-            self._save()
+            last = self.progress.step == self.config.max_steps
+            self._save(wait=last or stop.requested is not None)
         if stop.requested and (self.progress.step < self.config.max_steps or self._left()):
             self._tell_stop(f"signal:{stop.requested}")
             raise StoppedBySignal(
@@ -339,7 +383,10 @@ class Trainer:
     def _publish(self) -> FitResult:
         """Write ``final/`` (weights alone), unless it stands."""
         p, final = self.progress, self.folder / "final"
-        digest = standing_final(final, step=p.step) or self._write(final, with_state=False)
+        contents = self._contents(with_state=False, copy=False)
+        digest = group().leader(
+            lambda: standing_final(final, step=p.step) or write_checkpoint(final, **contents)
+        )
         seconds = p.steady_seconds or math.inf  # of a single step: no speed is known
         work = self.work.flops(p.steady_tokens, p.steady_scored) if self.work else None
         best = {"step": p.best_step, "loss": p.best_loss} if p.best_step >= 0 else None
@@ -352,7 +399,7 @@ class Trainer:
             epoch_s=p.seconds / passes,
             tokens_per_s=p.steady_tokens / seconds,
             mfu=mfu(None if work is None else work / seconds, self.peak),
-            peak_memory_gb=peak_memory_gb(self.device),
+            peak_memory_gb=max(m for (m,) in group().gather([peak_memory_gb(self.device)])),
             final_loss=p.loss,
             best=best,
             checkpoint=final,
@@ -367,9 +414,11 @@ class Trainer:
                 "seed": self.config.seed,
                 "config_sha256": sha256_json(self.config.model_dump(mode="json")),
                 "data_fingerprint": self.loader.fingerprint,
-                "resumed_from": self._resumed_from and self._resumed_from.name,
+                "resumed_from": self.saver.resumed_from and self.saver.resumed_from.name,
                 "unit": self.objective.unit,
                 "device": str(self.device),
+                "engine": self.config.distributed.model_dump(mode="json"),
+                "world_size": group().world_size,
                 "peak_flops": self.peak,
                 "startup": self.startup,
             }
@@ -382,8 +431,23 @@ class Trainer:
             likelihood=self.objective.likelihood, work=self.work, peak=self.peak,
         )  # fmt: skip
         eta_s = (self.config.max_steps - p.step) * (p.seconds - last.seconds) / (p.step - last.step)
+        memory, steps = memory_row(self.device), p.step - last.step
+        ranks = self._ranks_row(memory, steps)
         self._last_row = replace(p)
-        self.run_log.train(row | memory_row(self.device), eta_s=eta_s)
+        self.run_log.train(row | memory | ranks, eta_s=eta_s)
+
+    def _ranks_row(self, memory: Mapping[str, float], steps: int) -> dict[str, Any]:
+        """What each of several ranks took a step, in loading and forward passes, and its memory."""
+        busy_s = (self.update.busy_s - self._last_busy_s) / steps
+        self._last_busy_s = self.update.busy_s
+        if group().world_size == 1:
+            return {}
+        busy, peaks = zip(*group().gather([busy_s, memory["memory_peak_gb"]]), strict=True)
+        return {
+            "busy_s_of_ranks": [round(s, 6) for s in busy],
+            "memory_peak_gb_of_ranks": list(peaks),
+            "slowest_rank": busy.index(max(busy)),
+        }
 
     def _tell_stop(self, status: str) -> None:
         p = self.progress

@@ -1,6 +1,6 @@
 """One fixed pass over held-out batches with a stage's own objective."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,13 +8,15 @@ from torch import nn
 
 from modern_llm.errors import DataError
 from modern_llm.runtime.devices import autocast
+from modern_llm.runtime.ranks import group
+from modern_llm.runtime.signals import leave_together
 from modern_llm.training.objectives import Objective
 
 
 def mean_loss(
     model: nn.Module,
     objective: Objective,
-    batches: Iterable[Any],
+    batches: Sequence[Any],
     *,
     device: torch.device,
     precision: str = "fp32",
@@ -24,7 +26,7 @@ def mean_loss(
     Args:
         model: put into eval mode for the pass and back after it.
         objective: gives sums and units.
-        batches: the whole split, in a fixed order.
+        batches: the whole split, in a fixed order; each of several ranks computes a part of it.
         device: where the model is.
         precision: of the forward pass; sums are float64.
 
@@ -35,20 +37,28 @@ def mean_loss(
         DataError: no batch has a unit.
     """
     training, units = model.training, 0
+    ranks = group().ranks
     sums: dict[str, torch.Tensor] = {}
     model.eval()
     try:
         with torch.no_grad():
-            for batch in batches:
-                units += objective.units(batch)
+            # Every rank computes as often: parts of a shared model meet in each forward pass.
+            for start in range(0, len(batches), ranks.world_size):
+                leave_together()
+                own = start + ranks.rank
+                batch = batches[min(own, len(batches) - 1)]
                 with autocast(device, precision):
                     terms = objective(model, batch.to(device))
+                counted = int(own < len(batches))  # else another rank has this one
+                units += counted * objective.units(batch)
                 for name, value in {"loss": terms.loss_sum, **terms.metrics}.items():
-                    value = value.detach().to(torch.float64)
+                    value = counted * value.detach().to(torch.float64)
                     sums[name] = sums[name] + value if name in sums else value
     finally:
         model.train(training)
+    units = int(group().sum([units])[0])
     if units == 0:
         raise DataError(f"the validation split has no {objective.unit} to score")
+    sums = group().sum_tensors(sums)
     # A metric may be a vector, such as the load of each expert.
     return {**{name: (value / units).tolist() for name, value in sums.items()}, "units": units}

@@ -32,12 +32,14 @@ from modern_llm.runtime.artifacts import write_json
 from modern_llm.runtime.devices import check_precision, resolve_device, set_threads
 from modern_llm.runtime.environment import environment, utc_now
 from modern_llm.runtime.logs import get_logger
+from modern_llm.runtime.ranks import group
 from modern_llm.training.checkpoint import (
     WEIGHTS,
     Checkpoint,
     load_model_weights,
     read_checkpoint,
 )
+from modern_llm.training.engines import ENGINES, Engine
 from modern_llm.training.handover import model_config, read_tokenizer
 from modern_llm.training.objectives import Objective
 from modern_llm.training.records import FirstLoss, FitResult
@@ -64,9 +66,18 @@ def load_policy(
     Raises:
         CheckpointError: the checkpoint is of another architecture.
     """
+    return build_policy(checkpoint, config).to(device).eval()
+
+
+def build_policy(checkpoint: Checkpoint, config: ModelConfig | None = None) -> ModernDecoderLM:
+    """As `load_policy`, in training mode and where it is made.
+
+    Raises:
+        CheckpointError: the checkpoint is of another architecture.
+    """
     model = ModernDecoderLM(config or model_config(checkpoint))
     load_model_weights(model, checkpoint)
-    return model.to(device).eval()
+    return model
 
 
 def check_architecture(checkpoint: Checkpoint, config: ModelConfig) -> None:
@@ -198,9 +209,18 @@ class TrainedStage(Stage):
         return self.objective()
 
     def build_model(self) -> nn.Module:
-        """The parent's model, on the stage's device, in training mode."""
+        """The parent's model on the CPU, in the mode that it trains in."""
         assert self.parent is not None
-        return load_policy(self.parent, self.device, self.config.model).train()
+        return build_policy(self.parent, self.config.model)
+
+    def fill(self, model: nn.Module) -> None:
+        """Give a model that was built without memory the weights of `build_model`."""
+        assert self.parent is not None
+        load_model_weights(model, self.parent)
+
+    def published(self, fit: FitResult) -> nn.Module:
+        """The trained model whole, for rank 0 to score, where ranks had parts of it."""
+        return load_policy(read_checkpoint(fit.checkpoint), self.device, self.config.model)
 
     def audit(self) -> dict[str, Any] | None:
         """Proof, made before the first step, that the data is what it should be."""
@@ -267,27 +287,45 @@ class TrainedStage(Stage):
         return None
 
     def execute(self) -> None:
-        """Train, score, and write ``result.json`` last."""
-        training = self.section.training
+        """Train, with all ranks; score, and write ``result.json`` last."""
+        parent = self.parent and str(self.parent.folder)
+        order = {"stage": self.name, "run": str(self.run), "parent": parent}
+        with group().ordered(order):
+            fit, model, audit = self.train()
+        if group().world_size > 1:
+            model = self.published(fit)
+        scores, missing = split_results(self.scores(model.eval()))
+        self.write_result(fit, model, scores, missing, audit)
+
+    def train(self) -> tuple[FitResult, nn.Module, dict[str, Any] | None]:
+        """Train, as every rank does; what the others read is made by rank 0 before they do.
+
+        Returns:
+            What it came to, the model as this rank has it, and the audit (on rank 0).
+        """
+        training, audit = self.section.training, None
         set_threads(training.threads)
-        model = self.build_model()
-        audit = self.audit()
-        cost, loader = self.cost_of(model), self.loader()
-        startup = startup_facts(
-            model, self.config.model, cost, training,
-            steps_per_pass=loader.steps_per_epoch, device=self.device,
-        )  # fmt: skip
-        tell_startup(self.name, startup)
+        engine: Engine = ENGINES.build(training.distributed, self.device, training.precision)
+        with group().leader_first():
+            if group().leads:
+                audit = self.audit()
+            loader, objective, _ = self.loader(), self.objective(), self.validation_objective()
+        model = engine.build(self.build_model, self.fill)
+        cost, startup = self.cost_of(model), None
+        if group().leads:
+            startup = startup_facts(
+                model, self.config.model, cost, training,
+                steps_per_pass=loader.steps_per_epoch, device=self.device,
+            )  # fmt: skip
+            tell_startup(self.name, startup)
         trainer = Trainer(
-            model, self.objective(), loader, training,
+            model, objective, loader, training,
             folder=self.folder, tokenizer_json=self.tokenizer.to_json(),
             checkpoint_meta=self.checkpoint_meta(), evaluate=self.evaluate, sample=self.sample,
             work=Work.of(cost), first_loss=self.first_loss(),
-            startup=startup, allow_data_change=self.allow_data_change,
+            startup=startup, allow_data_change=self.allow_data_change, engine=engine,
         )  # fmt: skip
-        fit = trainer.fit()
-        scores, missing = split_results(self.scores(model.eval()))
-        self.write_result(fit, model, scores, missing, audit)
+        return trainer.fit(), model, audit
 
     def write_result(
         self,

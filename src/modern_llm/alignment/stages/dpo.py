@@ -10,7 +10,7 @@ from torch import Tensor
 from modern_llm.alignment.preferences import DPOObjective, pair_logprobs
 from modern_llm.alignment.reference import reference_logprobs
 from modern_llm.alignment.sampling import sample_ids
-from modern_llm.alignment.stages.base import STAGES, TrainedStage, load_policy
+from modern_llm.alignment.stages.base import STAGES, TrainedStage, build_policy, load_policy
 from modern_llm.config import DPOConfig
 from modern_llm.data.collate import PairBatch, collate_pairs
 from modern_llm.data.loader import BucketLoader
@@ -22,6 +22,7 @@ from modern_llm.evaluation.preference import preference_scores
 from modern_llm.evaluation.scores import Result, Score
 from modern_llm.models import ModernDecoderLM
 from modern_llm.runtime.devices import autocast
+from modern_llm.runtime.ranks import group
 from modern_llm.training.records import FirstLoss
 
 FIRST_LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 5e-3}  # nats; rounding of the forward
@@ -65,7 +66,7 @@ class DPOStage(TrainedStage):
         return BucketLoader(
             store,
             batch_size=training.batch_size, micro_batch_size=training.micro_batch_size,
-            seed=training.seed, collate=collate_pairs,
+            seed=training.seed, collate=collate_pairs, ranks=group().ranks,
         )  # fmt: skip
 
     def loader(self) -> BucketLoader[PairBatch]:
@@ -83,7 +84,7 @@ class DPOStage(TrainedStage):
     def build_model(self) -> ModernDecoderLM:
         """The SFT model, left in eval mode: no dropout, as in the reference."""
         assert self.parent is not None
-        return load_policy(self.parent, self.device, self.config.model)
+        return build_policy(self.parent, self.config.model).eval()
 
     def _reference(self, store: TokenStore) -> Tensor:
         assert self.parent is not None

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from modern_llm.alignment.sampling import sample_answers
+from modern_llm.alignment.solutions import score_solutions
 from modern_llm.alignment.stages.base import STAGES, Stage, load_policy
-from modern_llm.alignment.stages.verifier import load_verifier, score_solutions
+from modern_llm.alignment.stages.verifier import load_verifier
 from modern_llm.alignment.suite import PolicyScores, Suite
 from modern_llm.errors import CheckpointError
 from modern_llm.evaluation.reasoning import grade_samples, reasoning_report

@@ -19,6 +19,7 @@ from modern_llm.data.store import TokenStore
 from modern_llm.data.tokenizer import Tokenizer
 from modern_llm.evaluation.speed import MIN_CONTEXT, measure_speed
 from modern_llm.models import ModernDecoderLM
+from modern_llm.runtime.ranks import group
 from modern_llm.runtime.seeding import derive_seed, seed_everything
 from modern_llm.training.checkpoint import TOKENIZER
 from modern_llm.training.handover import read_tokenizer
@@ -68,7 +69,7 @@ class PretrainStage(TrainedStage):
             stores, weights,
             seq_len=training.seq_len, batch_size=training.batch_size,
             micro_batch_size=training.micro_batch_size, seed=training.seed,
-            doc_mask=training.doc_mask,
+            doc_mask=training.doc_mask, ranks=group().ranks,
         )  # fmt: skip
 
     def loader(self) -> TextLoader:
@@ -92,7 +93,14 @@ class PretrainStage(TrainedStage):
         if self.parent is not None:
             return super().build_model()
         seed_everything(derive_seed(self.section.training.seed, "weights"))
-        return ModernDecoderLM(self.config.model).to(self.device)
+        return ModernDecoderLM(self.config.model)
+
+    def fill(self, model: nn.Module) -> None:
+        """The weights that a fresh decoder draws, or the checkpoint's."""
+        if self.parent is not None:
+            return super().fill(model)
+        assert isinstance(model, ModernDecoderLM)
+        return model.initialize_again()
 
     def first_loss(self) -> FirstLoss | None:
         """About ln V at a fresh start."""

@@ -14,6 +14,7 @@ from modern_llm.data.prepare import instruct_store, prompt_hashes, text_store
 from modern_llm.data.sources import open_source
 from modern_llm.data.store import TokenStore
 from modern_llm.runtime.artifacts import write_text
+from modern_llm.runtime.ranks import group
 from modern_llm.training.objectives import LMObjective, Objective
 
 
@@ -63,6 +64,7 @@ class SFTStage(TrainedStage):
             seq_len=training.seq_len, batch_size=training.batch_size,
             micro_batch_size=training.micro_batch_size, seed=training.seed,
             replay=replay, replay_share=self.config.data.replay if replay else 0.0,
+            ranks=group().ranks,
         )  # fmt: skip
 
     def loader(self) -> PackedLoader:

@@ -13,11 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
+from torch import nn
 
 from modern_llm.alignment.sampling import sample_texts
+from modern_llm.alignment.solutions import VerifierObjective, score_solutions
 from modern_llm.alignment.stages.base import STAGES, TrainedStage, load_policy
 from modern_llm.config import VerifierConfig
 from modern_llm.data.collate import AnswerBatch, collate_answers
@@ -28,7 +27,6 @@ from modern_llm.data.prepare import prompt_hash, prompt_hashes, solution_ids, so
 from modern_llm.data.sources import open_source
 from modern_llm.data.sources.base import RowCounts, Source
 from modern_llm.data.store import TokenStore
-from modern_llm.data.tokenizer import Tokenizer
 from modern_llm.errors import DataError
 from modern_llm.evaluation.answers import grade
 from modern_llm.evaluation.calibration import auroc_score, auroc_within_score, ece_score
@@ -36,55 +34,15 @@ from modern_llm.evaluation.intervals import share_interval
 from modern_llm.evaluation.scores import Result, Score
 from modern_llm.models import ModernDecoderLM, VerifierModel
 from modern_llm.runtime.artifacts import sha256_json, write_json, write_text
-from modern_llm.runtime.devices import autocast
-from modern_llm.runtime.logs import counted, get_logger
+from modern_llm.runtime.logs import get_logger
+from modern_llm.runtime.ranks import group
 from modern_llm.runtime.seeding import derive_seed
-from modern_llm.training.checkpoint import Checkpoint, load_model_weights
+from modern_llm.training.checkpoint import Checkpoint, load_model_weights, read_checkpoint
 from modern_llm.training.handover import model_config
-from modern_llm.training.objectives import Terms, with_balance_loss
+from modern_llm.training.records import FitResult
 
 log = get_logger(__name__)
 Solution = dict[str, Any]  # question, text, label (1 right), origin
-
-
-class VerifierObjective:
-    """Correctness at every answer token, and the language-model loss of right solutions beside it.
-
-    The label of a solution is the target of each of its tokens, so that the score is trained all
-    along the solution; the score that is used is the one at the last token. Wrong solutions are
-    no text to imitate, so they have no language-model loss.
-
-    Args:
-        lm_coef: weight of the language-model loss.
-    """
-
-    unit = "token"
-    likelihood = False
-
-    def __init__(self, lm_coef: float) -> None:
-        self.lm_coef = lm_coef
-
-    def units(self, batch: AnswerBatch) -> int:
-        """Number of answer tokens, EOS included."""
-        return int(batch.answer_BT.sum())
-
-    def scored(self, batch: AnswerBatch) -> int:
-        """The same: the head computes at answers only."""
-        return self.units(batch)
-
-    def __call__(self, model: nn.Module, batch: AnswerBatch) -> Terms:
-        """Sums over answer tokens of the correctness loss and the weighted LM loss."""
-        value_M, logprob_M = model(batch.tokens_BT, batch.answer_BT)
-        label_M = batch.label_B[:, None].expand_as(batch.answer_BT)[batch.answer_BT]
-        value_sum = F.binary_cross_entropy_with_logits(value_M, label_M, reduction="sum")
-        lm_sum = -(logprob_M * label_M).sum()
-        metrics = {
-            "value_loss": value_sum.detach(),
-            "lm_loss": lm_sum.detach(),
-            "token_accuracy": ((value_M > 0) == (label_M > 0.5)).float().sum(),
-        }
-        terms = Terms(value_sum + self.lm_coef * lm_sum, metrics)
-        return with_balance_loss(model, terms, batch.answer_BT.sum())
 
 
 def load_verifier(checkpoint: Checkpoint, device: torch.device) -> VerifierModel:
@@ -266,7 +224,7 @@ class VerifierStage(TrainedStage):
         return BucketLoader(
             store,
             batch_size=training.batch_size, micro_batch_size=training.micro_batch_size,
-            seed=training.seed, collate=collate_answers,
+            seed=training.seed, collate=collate_answers, ranks=group().ranks,
         )  # fmt: skip
 
     def loader(self) -> BucketLoader[AnswerBatch]:
@@ -305,8 +263,19 @@ class VerifierStage(TrainedStage):
         """The policy's trunk with a fresh scalar head."""
         torch.manual_seed(derive_seed(self.section.training.seed, "value head"))
         model = VerifierModel(self.config.model)
-        model.trunk.load_weights(self.policy.weights())
-        return model.to(self.device)
+        assert self.parent is not None
+        load_model_weights(model.trunk, self.parent)
+        return model
+
+    def fill(self, model: nn.Module) -> None:
+        """The same head and trunk."""
+        assert isinstance(model, VerifierModel) and self.parent is not None
+        model.initialize_again()
+        load_model_weights(model.trunk, self.parent)
+
+    def published(self, fit: FitResult) -> VerifierModel:
+        """The trained verifier whole."""
+        return load_verifier(read_checkpoint(fit.checkpoint), self.device)
 
     def audit(self) -> dict[str, Any]:
         """Share of right solutions, in all and among the policy's own samples.
@@ -352,47 +321,3 @@ class VerifierStage(TrainedStage):
             auroc_within_score(scores, right, problems, key=key),
             ece_score(scores, right, problems, key=key),
         ]
-
-
-def score_solutions(
-    model: VerifierModel,
-    tokenizer: Tokenizer,
-    solutions: Sequence[tuple[str, str]],
-    *,
-    batch_size: int,
-    precision: str,
-    max_tokens: int | None = None,
-) -> list[float]:
-    """Verifier's score in (0, 1) of each ``(question, solution)``.
-
-    Rows are sorted by length and padded on the right, which a score does not see.
-
-    Args:
-        model: in eval mode.
-        tokenizer: the policy's.
-        solutions: as for `solution_ids`; one that does not fit cannot be judged and scores 0.
-        batch_size: rows of one forward pass.
-        precision: of the forward pass.
-        max_tokens: of question and solution together; default: the model's context.
-    """
-    limit = max_tokens or model.config.max_seq_len
-    rows: dict[int, Tensor] = {}
-    answers: dict[int, Tensor] = {}  # which ids are the solution's
-    for i, row in enumerate(solution_ids(tokenizer, solutions, max_tokens=limit)):
-        if row is not None:
-            question, answer = row
-            rows[i] = torch.tensor([*question, *answer])
-            answers[i] = torch.arange(len(rows[i])) >= len(question)
-    device = next(model.parameters()).device
-    order = sorted(rows, key=lambda i: len(rows[i]))
-    scores = [0.0] * len(solutions)
-    with torch.inference_mode(), autocast(device, precision):
-        starts = range(0, len(order), batch_size)
-        for start in counted(starts, "scoring solutions, batches", len(starts)):
-            chunk = order[start : start + batch_size]
-            tokens_BT = pad_sequence([rows[i] for i in chunk], batch_first=True)
-            answer_BT = pad_sequence([answers[i] for i in chunk], batch_first=True)
-            score_B = model.score(tokens_BT.to(device), answer_BT.to(device))
-            for i, score in zip(chunk, score_B.tolist(), strict=True):
-                scores[i] = score
-    return scores
