@@ -93,6 +93,7 @@ class Preflight:
         self.checkpoint = checkpoint
         self.standing = standing
         self.replace = replace
+        self.elsewhere = False  # it is to run on another machine: what lies here says nothing
 
     @cached_property
     def problems(self) -> list[ModernLLMError]:
@@ -102,7 +103,8 @@ class Preflight:
             try:
                 check()
             except ModernLLMError as error:
-                found.setdefault(str(error), error)
+                if not self.elsewhere or isinstance(error, ConfigError):
+                    found.setdefault(str(error), error)
         return list(found.values())
 
     def raise_problems(self) -> None:
@@ -169,8 +171,9 @@ class Preflight:
             yield partial(build_optimizers, _tiny_model(), training)
             yield partial(Schedule, training)
             yield partial(check_trackers, training.trackers)
-            yield partial(_check_device, "training", training.device, training.precision)
-        if "eval" in self.stages:
+            if not self.elsewhere:
+                yield partial(_check_device, "training", training.device, training.precision)
+        if "eval" in self.stages and not self.elsewhere:
             tasks = self.config.eval
             yield partial(_check_device, "eval", tasks.device, tasks.precision)
         yield self._check_lengths

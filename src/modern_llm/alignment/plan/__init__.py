@@ -1,4 +1,4 @@
-"""What a run takes before it begins: sizes, work, memory, time, disk, and what stands in its way."""
+"""What a run takes, told before it begins: work, memory, time, disk, and what is in its way."""
 
 from modern_llm.alignment.plan.fit import Fit, StageFit
 from modern_llm.alignment.plan.machine import Machine, machine_of

@@ -12,10 +12,10 @@ from modern_llm.training.memory import Footprint, Share, State
 HALF = 2  # bytes of bf16 and fp16
 # From what talks least between GPUs to what needs least memory.
 SHARES = (("ddp", ""), ("zero1", ""), ("fsdp", "grad_op"), ("fsdp", "hybrid"), ("fsdp", "full"))
+NODE = 8  # GPUs of a machine, where more are looked for than there are
 MOST_GPUS = 4096  # beyond, no more are looked for
 NO_DROPOUT = ("dpo",)  # the policy is compared with its reference without
 MASKED = ("sft", "dpo")  # rows of several texts that do not see each other
-NO_CHUNKS = ("dpo", "verifier")
 
 
 class StageFit:
@@ -30,9 +30,8 @@ class StageFit:
     def __init__(self, config: PipelineConfig, stage: str, machine: Machine) -> None:
         self.config, self.stage, self.machine = config, stage, machine
         self.training: TrainingConfig = config.stage(stage).training
-        self.precision = self.training.precision
-        if self.precision == "auto":
-            self.precision = machine.card.precision
+        given = self.training.precision
+        self.precision: str = machine.card.precision if given == "auto" else given
         self.number = FP32 if self.precision == "fp32" else HALF
 
     @cached_property
@@ -49,7 +48,7 @@ class StageFit:
         step = Pass(
             micro, training.seq_len, self.number,
             masked=stage in MASKED or training.doc_mask, dropout=stage not in NO_DROPOUT,
-            scored=scored,
+            scored=scored, loss_chunk=getattr(training, "loss_chunk", 0),
         )  # fmt: skip
         return activations(self.config.model, step)
 
@@ -76,25 +75,24 @@ class StageFit:
                 return micro
         return None
 
-    def division_problem(self) -> str | None:
-        """Why the batch does not divide over the GPUs, with sizes that do."""
+    def division_problem(self, share: Share) -> str | None:
+        """Why the batch does not divide over the GPUs, with sizes that do, and fit on ``share``."""
         gpus, batch = self.machine.gpus, self.training.batch_size
-        micro = self.training.micro_batch_size
-        if batch % (micro * gpus) == 0:
-            return None
-        told = (
-            f"{self.stage}.training: batch_size={batch} is no multiple of micro_batch_size={micro} "
-            f"x {gpus} GPUs; use "
-        )
-        ways = []
-        if fits := self.micro_batches(gpus):
-            ways.append(f"micro_batch_size {', '.join(map(str, fits[-6:]))}")
+        micro, again = self.training.micro_batch_size, self.training.activation_checkpointing
         unit = micro * gpus
+        if batch % unit == 0:
+            return None
+        divide = self.micro_batches(gpus)
+        fit = [m for m in divide if self.fits(share, m, checkpointing=again)] or divide
         near = sorted({max(1, batch // unit) * unit, -(-batch // unit) * unit})
+        ways = [f"micro_batch_size {', '.join(map(str, fit[-6:]))}"] if fit else []
         ways.append(f"batch_size {' or '.join(map(str, near))}")
         if fewer := [g for g in range(gpus - 1, 0, -1) if batch % (micro * g) == 0][:1]:
             ways.append(f"{fewer[0]} GPU{'s' * (fewer[0] > 1)}")
-        return told + ", or ".join(ways)
+        return (
+            f"{self.stage}.training: batch_size={batch} is no multiple of micro_batch_size={micro} "
+            f"x {gpus} GPUs; use {', or '.join(ways)}"
+        )
 
     def hours(self, flops: float) -> float | None:
         """Hours of all GPUs together at work, or ``None``: the peak is not known."""
@@ -137,10 +135,8 @@ class Choice:
 
 def engine_of(training: TrainingConfig) -> tuple[str, str]:
     """Engine and sharding of a config."""
-    named = training.distributed
-    name = named if isinstance(named, str) else named.name
-    options = {} if isinstance(named, str) else named.options
-    return name, str(options.get("sharding", "full")) if name == "fsdp" else ""
+    engine = training.distributed
+    return engine.name, engine.options.get("sharding", "full") if engine.name == "fsdp" else ""
 
 
 class Fit:
@@ -157,15 +153,16 @@ class Fit:
         self.stages = [StageFit(config, stage, machine) for stage in stages]
 
     def shares(self, gpus: int | None = None) -> list[Share]:
-        """Every engine that can be had on ``gpus`` GPUs."""
+        """Every engine that can be had on ``gpus`` GPUs; default: all of the machine."""
         gpus = self.machine.gpus if gpus is None else gpus
-        per_node = self.machine.per_node if gpus == self.machine.gpus else min(8, gpus)
+        per_node = min(self.machine.per_node if gpus == self.machine.gpus else NODE, gpus)
         if gpus == 1:
             return [Share("none")]
+        halves = any(stage.precision == "fp16" for stage in self.stages)  # not under fsdp
         return [
             Share(engine, sharding, gpus, per_node)
             for engine, sharding in SHARES
-            if sharding != "hybrid" or gpus > per_node
+            if (sharding != "hybrid" or gpus > per_node) and not (engine == "fsdp" and halves)
         ]
 
     @cached_property
@@ -177,7 +174,9 @@ class Fit:
         asked = any(stage.training.activation_checkpointing for stage in self.stages)
         for checkpointing in (asked,) if asked else (False, True):
             for share in self.shares():
-                micro = {s.stage: s.largest(share, checkpointing=checkpointing) for s in self.stages}
+                micro = {
+                    s.stage: s.largest(share, checkpointing=checkpointing) for s in self.stages
+                }
                 if all(micro.values()):
                     found = {stage: m for stage, m in micro.items() if m is not None}
                     return Choice(share, checkpointing, found)
@@ -196,9 +195,8 @@ class Fit:
         """What cannot be on this machine, each with ways out."""
         found = []
         for stage in self.stages:
-            if told := stage.division_problem():
-                found.append(ConfigError(told))
-            if told := self._memory_problem(stage):
+            told = stage.division_problem(self.planned(stage)) or self._memory_problem(stage)
+            if told:
                 found.append(ConfigError(told))
         return found
 
@@ -209,14 +207,13 @@ class Fit:
         if stage.fits(share, micro, checkpointing=again):
             return None
         taken = stage.footprint(share, micro, checkpointing=again).total
-        ways = self._ways_out(stage, share)
-        if not ways:
-            ways = ["nothing of this package: see docs/scaling.md on tensor and pipeline parallelism"]
+        ways = self._ways_out(stage, share) or ["nothing of this package (docs/scaling.md)"]
+        checkpointing = " and activation_checkpointing" if again else ""
+        usable = self.machine.usable_bytes / 1e9
         return (
-            f"{stage.stage}: {share} with micro_batch_size={micro}"
-            f"{' and activation_checkpointing' if again else ''} takes {taken / 1e9:,.1f} GB of the "
-            f"{stage.machine.usable_bytes / 1e9:,.1f} GB that can be used on {self.machine.name}; "
-            f"this would fit: {'; '.join(ways)}"
+            f"{stage.stage}: {share} with micro_batch_size={micro}{checkpointing} takes "
+            f"{taken / 1e9:,.1f} GB of the {usable:,.1f} GB that can be used on "
+            f"{self.machine.name}; this would fit: {'; '.join(ways)}"
         )
 
     def _ways_out(self, stage: StageFit, share: Share) -> list[str]:
@@ -241,16 +238,17 @@ class Fit:
         return ways
 
     def _more_gpus(self, stage: StageFit) -> str | None:
-        """The smallest doubling of the GPUs at which the stage fits, as it is or at all."""
+        """The smallest doubling of the GPUs at which the stage fits."""
         gpus, batch = self.machine.gpus * 2, stage.training.batch_size
+        again = stage.training.activation_checkpointing
         while gpus <= MOST_GPUS:
-            share, rows = self.shares(gpus)[-1], max(1, -(-batch // gpus))
-            for checkpointing in (False, True):
-                if stage.fits(share, 1 if checkpointing else rows, checkpointing=checkpointing):
-                    told = ", micro_batch_size=1 and activation_checkpointing=true"
-                    larger = f" and batch_size={gpus}" if batch < gpus else ""
-                    return f"{gpus} GPUs with distributed={share}{told * checkpointing}{larger}"
+            share = self.shares(gpus)[-1]
+            rows = -(-batch // gpus)
+            for checkpointing, micro in ((again, rows), (again, 1), (True, 1)):
+                if stage.fits(share, micro, checkpointing=checkpointing):
+                    told = [f"{gpus} GPUs with distributed={share}", f"micro_batch_size={micro}"]
+                    told += ["activation_checkpointing=true"] * (checkpointing and not again)
+                    told += [f"batch_size={gpus}"] * (batch < gpus)
+                    return ", ".join(told)
             gpus *= 2
         return None
-
-

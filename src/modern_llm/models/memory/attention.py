@@ -72,11 +72,23 @@ def _kernel(config: ModelConfig, step: Pass) -> Kernel:
             name = "blocks"
     if name == "sdpa" and not step.on_gpu and step.dropout and config.dropout:
         return _plain  # the CPU's fused kernel has no dropout
-    grouped = config.n_heads != config.n_kv_heads
-    hides = step.masked or config.attention == "window" or _has_bias(config)
-    if name == "sdpa" and step.on_gpu and grouped and hides:
-        return _plain  # CUDA's fused kernels take a mask or grouped heads, not both
+    if name == "sdpa" and step.on_gpu and falls_back(config, step):
+        return _plain
     return {"manual": _manual, "blocks": _blocks}.get(name, _fused)
+
+
+def falls_back(config: ModelConfig, step: Pass) -> bool:
+    """Whether CUDA has no fused kernel: they take a mask or grouped heads, not both.
+
+    See ``enable_gqa`` of torch's ``scaled_dot_product_attention``: flash, which takes no mask, or
+    the written-out one.
+    """
+    if config.attention == "linear" or config.n_heads == config.n_kv_heads:
+        return False
+    if config.attention_backend not in ("auto", "sdpa") or config.softcap:
+        return False
+    hides = step.masked or config.attention == "window" or config.sink == "learned"
+    return hides or _has_bias(config)
 
 
 def _weights(config: ModelConfig, step: Pass, queries: int, keys: int) -> float:

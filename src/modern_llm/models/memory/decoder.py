@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from modern_llm.config import ModelConfig
 from modern_llm.models.ffn import ACTIVATIONS, FFNS
-from modern_llm.models.memory.attention import attention, rotates, shared_masks
+from modern_llm.models.memory.attention import attention, falls_back, rotates, shared_masks
 from modern_llm.models.memory.passes import FP32, INT64, Pass, dropped
 from modern_llm.models.norms import NORMS
 
@@ -31,7 +31,7 @@ class Activations:
         loss: kept by the loss.
         loss_peak: in use while the loss's backward begins, with what is kept.
         gradients: of activations, while a block's backward begins.
-        estimated: components that have no sums of their own here, and what they are taken for.
+        notes: what is remarkable of these sums, or only estimated.
     """
 
     parts: dict[str, float]
@@ -41,7 +41,7 @@ class Activations:
     loss: float
     loss_peak: float
     gradients: float
-    estimated: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def kept(self, *, checkpointing: bool = False) -> float:
         """All that is kept when the backward begins."""
@@ -77,7 +77,7 @@ def activations(config: ModelConfig, step: Pass) -> Activations:
         loss=loss,
         loss_peak=loss_peak,
         gradients=float(n * (FP32 * width + step.number * config.d_ff * _rows_of_ffn(config))),
-        estimated=tuple(_estimated(config)),
+        notes=tuple(_notes(config, step)),
     )
 
 
@@ -165,9 +165,10 @@ def _loss(config: ModelConfig, step: Pass) -> tuple[float, float]:
     scored = step.tokens if step.scored is None else min(step.scored, step.tokens)
     read = float(step.number * scored * config.d_model)
     if step.loss_chunk:  # both gradients are made in the forward
-        chunk = min(step.loss_chunk, scored)
-        kept = read + FP32 * config.vocab_size * config.d_model
-        return kept, kept + (LOSS_PEAK + step.number) * chunk * config.vocab_size
+        head = config.vocab_size * config.d_model
+        chunk = min(step.loss_chunk, scored) * config.vocab_size
+        kept = read + FP32 * head
+        return kept, kept + read + (2 * FP32 + step.number) * chunk + 2 * step.number * head
     logits = float(scored * config.vocab_size)
     kept = read + FP32 * logits + INT64 * scored
     return kept, read + LOSS_PEAK * logits
@@ -179,11 +180,17 @@ KNOWN = {  # components that have sums above; others are counted as the first
 }
 
 
-def _estimated(config: ModelConfig) -> list[str]:
-    """Components from elsewhere, and what they are counted as."""
+def _notes(config: ModelConfig, step: Pass) -> list[str]:
+    """Components from elsewhere, and attention that holds all its weights on a GPU."""
     chosen = {"norm": NORMS.resolve(config.norm.name), "ffn": FFNS.resolve(config.ffn.name)}
-    return [
+    notes = [
         f"{field} '{name}' is counted as {KNOWN[field][0]}"
         for field, name in chosen.items()
         if name not in KNOWN[field]
     ]
+    if step.on_gpu and falls_back(config, step):
+        notes.append(
+            "a mask with grouped heads has no fused kernel in torch: all T x T weights are held "
+            "(n_kv_heads=n_heads has one)"
+        )
+    return notes
