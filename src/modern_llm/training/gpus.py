@@ -46,7 +46,7 @@ class GPU:
 
 GPUS = {
     "b200": GPU("NVIDIA B200", 180, f"{NVIDIA}/dgx-b200/"),  # 1,440 GB of eight
-    "gh200-96gb": GPU("NVIDIA GH200 96GB HBM3", 96, f"{NVIDIA}/grace-hopper-superchip/"),
+    "gh200-96gb": GPU("NVIDIA GH200 480GB", 96, f"{NVIDIA}/grace-hopper-superchip/"),
     "gh200-144gb": GPU("NVIDIA GH200 144G HBM3e", 144, f"{NVIDIA}/grace-hopper-superchip/"),
     "h200": GPU("NVIDIA H200", 141, f"{NVIDIA}/h200/"),
     "h200-nvl": GPU("NVIDIA H200 NVL", 141, f"{NVIDIA}/h200/"),

@@ -160,28 +160,37 @@ class State:
                 total[rank] += tensor.moments
         return total
 
-    def buffers(self, share: Share, *, number: int, reduce: int = FP32) -> float:
-        """Working memory of the engine.
+    def buffers(
+        self, share: Share, moment: str, *, number: int, checkpointing: bool, reduce: int = FP32
+    ) -> float:
+        """Working memory of the engine, and the copies of weights that autocast makes.
 
         Args:
             share: the engine.
+            moment: ``forward``, ``loss`` or ``block``, as in `Activations.moments`.
             number: bytes of a number in matrix products.
+            checkpointing: a block's copies are dropped when its forward is done.
             reduce: bytes of a number when gradients are summed over ranks.
         """
-        casts = number < FP32
-        if share.engine != "fsdp":
-            copied = sum(t.numbers for t in self.tensors if t.multiplied)
-            return float(number * (copied + self.tied * self.head) if casts else 0)
+        head = float(number * self.head if number < FP32 else 0)
         blocks = self._by_block()
-        largest = max(blocks.values())
-        around = self.parameters - sum(blocks.values())
-        # The head's copy; what is around the blocks, whole, with its gradient; one block's gradient
-        # as it is computed, and as it is summed up.
-        total = (number * self.head if casts else 0) + 2 * FP32 * around
-        total += (number + reduce) * largest
-        if share.sharding == "grad_op":
-            return float(total + number * sum(blocks.values()))
-        return float(total + 3 * number * largest)  # this block, the next, and the message it is in
+        if share.engine != "fsdp":
+            if number == FP32:
+                return 0.0
+            if checkpointing and moment == "loss":
+                return head
+            if checkpointing and moment == "block":
+                return float(number * max(blocks.values()))
+            copied = sum(t.numbers for t in self.tensors if t.multiplied)
+            return number * copied + head * self.tied
+        whole, largest = sum(blocks.values()), max(blocks.values())
+        stays = float(number * whole if share.sharding == "grad_op" else 0)
+        if moment != "block":
+            return head + stays
+        # What is around the blocks with its gradient; of a block its gradient, as it is computed
+        # and as it is summed up; and this block, the next, and the message that it is in.
+        around = 2 * FP32 * (self.parameters - whole)
+        return around + (number + reduce) * largest + (stays or 3.0 * number * largest)
 
     def _by_block(self) -> dict[int, int]:
         blocks: dict[int, int] = {}
@@ -201,8 +210,11 @@ class State:
             number: bytes of a number in matrix products.
             checkpointing: only the blocks' inputs are kept.
         """
-        kept, loss = step.peak(checkpointing=checkpointing)
-        return Footprint(*self.on_rank(share), kept, loss, self.buffers(share, number=number))
+        state, found = self.on_rank(share), []
+        for moment, (kept, loss) in step.moments(checkpointing=checkpointing).items():
+            buffers = self.buffers(share, moment, number=number, checkpointing=checkpointing)
+            found.append(Footprint(*state, kept, loss, buffers))
+        return max(found, key=lambda parts: parts.total)
 
 
 def _place(name: str, parameter: nn.Parameter) -> tuple[int | None, bool]:

@@ -34,14 +34,15 @@ def attention(config: ModelConfig, step: Pass, layer: int) -> float:
     kept = sum(kernel(config, step, queries, keys, causal) for queries, keys in shapes)
     heads, keys_values = config.n_heads * config.head_size, config.n_kv_heads * config.head_size
     c, n = step.number, step.tokens
-    if kernel is _fused:  # queries and keys are views of what the rotation made, or of the product
-        apart = rotates(config) or config.qk_norm
-        if len(shapes) > 1:
-            kept += c * n * ((heads + keys_values) if apart else (heads + 2 * keys_values))
-            kept += c * n * heads  # the pieces put together, for the last matrix
-        elif not _copies_inputs(config):
-            kept += c * n * (heads + 2 * keys_values + (heads + keys_values) * apart)
-    return kept
+    product, turned = c * n * (heads + 2 * keys_values), c * n * (heads + keys_values)
+    apart = rotates(config) or config.qk_norm  # else queries and keys are views of the product
+    if kernel is _fused and len(shapes) == 1 and config.sink == "none":
+        return kept + product + turned * apart  # values are a view of the product in any case
+    if kernel is _fused and len(shapes) > 1:
+        kept += c * n * heads  # the pieces put together, for the last matrix
+        if config.sink == "none":  # with one, queries are longer copies
+            kept += turned if apart else product
+    return kept + product * (config.qk_norm and not step.casts)  # what the norms read
 
 
 def rotates(config: ModelConfig) -> bool:
@@ -53,11 +54,6 @@ def rotates(config: ModelConfig) -> bool:
 def _has_bias(config: ModelConfig) -> bool:
     encoding: Any = POSITIONS[config.position.name]
     return encoding.bias is not PositionEncoding.bias
-
-
-def _copies_inputs(config: ModelConfig) -> bool:
-    """The fused kernel with a learned sink reads longer copies."""
-    return config.sink == "learned"
 
 
 Kernel = Callable[[ModelConfig, Pass, int, int, bool], float]
@@ -155,7 +151,9 @@ def _linear_attention(config: ModelConfig, step: Pass) -> float:
     """Features and sums in float32; see `LinearAttention`."""
     n, heads, kv, size = step.tokens, config.n_heads, config.n_kv_heads, config.head_size
     both = (heads + kv) * size
-    kept = FP32 * n * (both if step.casts else both + kv * size)  # what the features are made of
+    product = FP32 * n * (both + kv * size)
+    kept = FP32 * n * both if step.casts or config.qk_norm else product  # the features' source
+    kept += product * (config.qk_norm and not step.casts)
     kept += FP32 * n * (both + heads * size + 2 * heads) + step.number * n * heads * size
     if step.masked:
         return kept + FP32 * step.rows * step.seq_len**2 * (heads + 1) + FP32 * n * 2 * both

@@ -29,6 +29,7 @@ class Activations:
         inputs: of the blocks, all layers: what checkpointing keeps of them.
         around: kept outside of the blocks: embedding, last norm, masks, tables.
         loss: kept by the loss.
+        loss_forward: in use when it has just been computed.
         loss_peak: in use while the loss's backward begins, with what is kept.
         gradients: of activations, while a block's backward begins.
         notes: what is remarkable of these sums, or only estimated.
@@ -39,6 +40,7 @@ class Activations:
     inputs: float
     around: float
     loss: float
+    loss_forward: float
     loss_peak: float
     gradients: float
     notes: tuple[str, ...] = ()
@@ -47,16 +49,19 @@ class Activations:
         """All that is kept when the backward begins."""
         return self.around + self.loss + (self.inputs if checkpointing else sum(self.blocks))
 
-    def peak(self, *, checkpointing: bool = False) -> tuple[float, float]:
-        """Activations and loss at the more expensive of two moments of the backward.
+    def moments(self, *, checkpointing: bool = False) -> dict[str, tuple[float, float]]:
+        """Activations and loss at the moments that can be the most expensive.
 
-        The loss's backward begins, all being kept; or that of the last block does, its activations
-        computed once more with checkpointing.
+        ``forward``: the loss has just been computed. ``loss``: its backward begins. ``block``: that
+        of the last block does, its activations computed once more with checkpointing.
         """
         kept = self.around + (self.inputs if checkpointing else sum(self.blocks))
         again = max(self.blocks) if checkpointing else 0.0
-        in_block = kept + again + self.gradients
-        return (kept, self.loss_peak) if kept + self.loss_peak >= in_block else (in_block, 0.0)
+        return {
+            "forward": (kept, self.loss_forward),
+            "loss": (kept, self.loss_peak),
+            "block": (kept + again + self.gradients, 0.0),
+        }
 
 
 def activations(config: ModelConfig, step: Pass) -> Activations:
@@ -68,13 +73,14 @@ def activations(config: ModelConfig, step: Pass) -> Activations:
         for name, size in layer.items():
             parts[name] = parts.get(name, 0.0) + size
     around = _around(config, step)
-    loss, loss_peak = _loss(config, step)
+    loss, loss_forward, loss_peak = _loss(config, step)
     return Activations(
         parts,
         tuple(sum(layer.values()) for layer in layers),
         inputs=float(config.n_layers * FP32 * n * width),
         around=around,
         loss=loss,
+        loss_forward=loss_forward,
         loss_peak=loss_peak,
         gradients=float(n * (FP32 * width + step.number * config.d_ff * _rows_of_ffn(config))),
         notes=tuple(_notes(config, step)),
@@ -160,18 +166,19 @@ def _around(config: ModelConfig, step: Pass) -> float:
     return kept + shared_masks(config, step)
 
 
-def _loss(config: ModelConfig, step: Pass) -> tuple[float, float]:
-    """Kept by head and loss, and in use while the loss's backward begins."""
+def _loss(config: ModelConfig, step: Pass) -> tuple[float, float, float]:
+    """Kept by head and loss; in use at the end of their forward, and as their backward begins."""
     scored = step.tokens if step.scored is None else min(step.scored, step.tokens)
     read = float(step.number * scored * config.d_model)
     if step.loss_chunk:  # both gradients are made in the forward
         head = config.vocab_size * config.d_model
         chunk = min(step.loss_chunk, scored) * config.vocab_size
         kept = read + FP32 * head
-        return kept, kept + read + (2 * FP32 + step.number) * chunk + 2 * step.number * head
+        most = kept + read + (2 * FP32 + step.number) * chunk + 2 * step.number * head
+        return kept, most, kept
     logits = float(scored * config.vocab_size)
-    kept = read + FP32 * logits + INT64 * scored
-    return kept, read + LOSS_PEAK * logits
+    forward = read + (2 * FP32 + step.number * step.casts) * logits
+    return read + FP32 * logits + INT64 * scored, forward, read + LOSS_PEAK * logits
 
 
 KNOWN = {  # components that have sums above; others are counted as the first
