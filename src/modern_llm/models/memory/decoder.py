@@ -174,8 +174,8 @@ def _loss(config: ModelConfig, step: Pass) -> tuple[float, float, float]:
         head = config.vocab_size * config.d_model
         chunk = min(step.loss_chunk, scored) * config.vocab_size
         kept = read + FP32 * head
-        most = kept + read + (2 * FP32 + step.number) * chunk + 2 * step.number * head
-        return kept, most, kept
+        each = LOSS_PEAK + step.number * step.casts  # with the gradient of the chunk before
+        return kept, kept + read + each * chunk, kept
     logits = float(scored * config.vocab_size)
     forward = read + (2 * FP32 + step.number * step.casts) * logits
     return read + FP32 * logits + INT64 * scored, forward, read + LOSS_PEAK * logits
