@@ -12,6 +12,7 @@ from modern_llm.training.memory import Footprint, Share, State
 HALF = 2  # bytes of bf16 and fp16
 # From what talks least between GPUs to what needs least memory.
 SHARES = (("ddp", ""), ("zero1", ""), ("fsdp", "grad_op"), ("fsdp", "hybrid"), ("fsdp", "full"))
+ENOUGH_TOKENS = 4096  # at once: fewer leave a large GPU waiting for memory
 NODE = 8  # GPUs of a machine, where more are looked for than there are
 MOST_GPUS = 4096  # beyond, no more are looked for
 NO_DROPOUT = ("dpo",)  # the policy is compared with its reference without
@@ -167,20 +168,33 @@ class Fit:
 
     @cached_property
     def choice(self) -> Choice | None:
-        """The simplest engine that fits every stage, activations computed again only if they must.
+        """What fits all stages: the simplest engine that keeps the GPUs busy, else the fullest one.
 
-        ``None``: nothing fits on this machine.
+        Activations are computed again only if nothing fits without. ``None``: nothing fits.
         """
         asked = any(stage.training.activation_checkpointing for stage in self.stages)
         for checkpointing in (asked,) if asked else (False, True):
-            for share in self.shares():
-                micro = {
-                    s.stage: s.largest(share, checkpointing=checkpointing) for s in self.stages
-                }
-                if all(micro.values()):
-                    found = {stage: m for stage, m in micro.items() if m is not None}
-                    return Choice(share, checkpointing, found)
+            found = [c for share in self.shares() if (c := self._with(share, checkpointing))]
+            if found:
+                busy = [choice for choice in found if self._is_busy(choice)]
+                return (
+                    busy[0] if busy else max(found, key=lambda choice: sum(choice.micro.values()))
+                )
         return None
+
+    def _with(self, share: Share, checkpointing: bool) -> Choice | None:
+        """The largest micro-batches under one engine, if every stage has one."""
+        sizes = [stage.largest(share, checkpointing=checkpointing) for stage in self.stages]
+        found = {s.stage: m for s, m in zip(self.stages, sizes, strict=True) if m}
+        return Choice(share, checkpointing, found) if len(found) == len(self.stages) else None
+
+    def _is_busy(self, choice: Choice) -> bool:
+        """Whether every stage has enough tokens at once, or all rows that a GPU gets."""
+        return all(
+            micro * stage.training.seq_len >= ENOUGH_TOKENS
+            or micro == stage.training.batch_size // choice.share.gpus
+            for stage, micro in zip(self.stages, choice.micro.values(), strict=True)
+        )
 
     def planned(self, stage: StageFit) -> Share:
         """The engine of the config; where it leaves that open, the recommended or the last one."""

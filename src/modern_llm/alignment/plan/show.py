@@ -2,6 +2,7 @@
 
 import sys
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -12,7 +13,10 @@ from modern_llm.config import PipelineConfig
 from modern_llm.training.memory import Footprint, Share, State
 from modern_llm.training.throughput import ASSUMED_MFU
 
-PARTS = ("parameters", "gradients", "optimizer", "activations", "loss", "buffers")
+PARTS = {  # of a `Footprint` -> head of its column, short enough for 80 columns
+    "parameters": "params", "gradients": "grads", "optimizer": "optim", "activations": "activ",
+    "loss": "loss", "buffers": "buffers",
+}  # fmt: skip
 
 
 def print_plan(config: PipelineConfig, preflight: Preflight, machine: Machine | None = None) -> int:
@@ -66,7 +70,7 @@ def _print_model(out: Console, config: PipelineConfig, preflight: Preflight) -> 
 def _print_work(out: Console, plans: list[StagePlan], fit: Fit | None) -> None:
     """Steps, tokens and hours of every stage."""
     columns = ["stage", "steps", "rows/step", "tokens/row", "tokens", "FLOPs", "hours"]
-    table = Table(*columns, *(["GPU-hours"] if fit else []))
+    table = _table(*columns, *(["GPU-hours"] if fit else []))
     for i, plan in enumerate(plans):
         hours = fit.stages[i].hours(plan.flops) if fit else plan.hours
         row = [
@@ -83,6 +87,11 @@ def _print_work(out: Console, plans: list[StagePlan], fit: Fit | None) -> None:
         f"tokens count padding; hours at {mfu:.0%} of the device's peak "
         f"(an assumption; sampling and evaluation come on top; n/a: {unknown})"
     )
+
+
+def _table(*heads: str) -> Table:
+    """A table that 80 columns have room for."""
+    return Table(*heads, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
 
 
 def _number(value: float | None) -> str:
@@ -103,7 +112,8 @@ def _print_memory(out: Console, fit: Fit) -> None:
         f"{stage.stage}, {training.micro_batch_size} rows of {training.seq_len} tokens at once, "
         f"{stage.precision}{again}:"
     )
-    table = Table("engine", *PARTS, "total", "most rows")
+    heads = ("engine", *PARTS.values(), "total", "most rows")
+    table = _table(*heads)
     for share, parts in rows[stage.stage].items():
         most = stage.largest(share, checkpointing=training.activation_checkpointing)
         sizes = [getattr(parts, part) for part in PARTS]
@@ -111,9 +121,13 @@ def _print_memory(out: Console, fit: Fit) -> None:
         total = f"{parts.total / 1e9:,.2f}"
         table.add_row(
             str(share), *(f"{size / 1e9:,.2f}" for size in sizes),
-            total if fits else f"{total} no", "none" if most is None else str(most),
+            total if fits else f"{total} no", "-" if most is None else str(most),
         )  # fmt: skip
     out.print(table)
+    out.print(
+        "  params, gradients, optimizer moments; kept activations; logits and their gradient; "
+        "buffers: what the engine puts together and autocast copies; most rows at once that fit"
+    )
     notes: dict[str, list[str]] = {}
     for each in fit.stages:
         for told in each.activations(1).notes:
