@@ -166,13 +166,6 @@ def test_a_vocabulary_without_room_for_bytes(place: Places) -> None:
     )
 
 
-def test_a_launcher_of_several_processes_is_refused(
-    place: Places, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "WORLD_SIZE=2" in told(place())
-
-
 def test_a_full_disk_is_told_before_training(
     place: Places, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -223,7 +223,6 @@ def test_a_weight_that_does_nothing_is_refused(path: Path, told: Told) -> None:
         ("training.max_steps=0", "training.max_steps=0: Input should be greater than 0"),
         ("training.lr=Infinity", "training.lr=inf: Input should be a finite number"),
         ("training.betas=[0.9]", "training.betas.1: is required"),
-        ("training.distributed=fsdp", "training.distributed='fsdp': Input should be 'none'"),
         ("pretrain.data=[]", "pretrain.data=[]: List should have at least 1 item"),
         ("eval.reasoning.split=train", "Input should be 'validation' or 'test'"),
         ("max_steps=-1", "max_steps=-1: Input should be greater than 0"),

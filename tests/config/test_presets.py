@@ -133,6 +133,9 @@ NEUTRAL = {  # names, places and logging change no number
         for s in TRAINED_STAGES
         for k in ("log_every", "grad_log_every", "save_every", "keep_last", "trackers")
     ),
+    # No number beyond rounding: a checkpoint of one engine goes on in another.
+    *(f"{s}.training.distributed" for s in TRAINED_STAGES),
+    "rank_timeout_s",
 }
 
 

@@ -134,17 +134,18 @@ def test_validation_pass_scores_each_token_once(
     stores: Stores, lengths: list[int], seq_len: int, micro: int, world: int
 ) -> None:
     two = [stores.text(lengths), stores.text(lengths[::-1], first=2000)]
-    labels = Counter()
+    passes = []
     for rank in range(world):
         loader = TextLoader(
             two, [0.5, 0.5], seq_len=seq_len, batch_size=micro * world, micro_batch_size=micro,
             seed=1, ranks=Ranks(rank, rank, world),
         )  # fmt: skip
-        if rank == 0 and world == 1:
-            again = [b.tokens_BT.tolist() for b in validation_batches(loader)]
-            assert again == [b.tokens_BT.tolist() for b in validation_batches(loader)]
-        for batch in validation_batches(loader):
-            labels.update(batch.labels_BT[batch.labels_BT != IGNORE].tolist())
+        passes += [validation_batches(loader)] * 2
+    tokens = [[batch.tokens_BT.tolist() for batch in one] for one in passes]
+    assert all(one == tokens[0] for one in tokens)  # on every rank, and each time
+    labels = Counter()
+    for batch in passes[0]:
+        labels.update(batch.labels_BT[batch.labels_BT != IGNORE].tolist())
     expected = Counter()
     for store in two:
         expected.update(store.tokens[1:].tolist())

@@ -13,7 +13,6 @@ import torch
 from modern_llm.errors import ConfigError
 from modern_llm.runtime import devices
 from modern_llm.runtime.devices import (
-    Ranks,
     autocast,
     check_precision,
     hardware,
@@ -24,7 +23,6 @@ from modern_llm.runtime.devices import (
     resolve_device,
     resolve_precision,
     set_threads,
-    single_process,
 )
 from modern_llm.runtime.environment import cpu_name
 
@@ -88,20 +86,6 @@ def test_a_gpu_beyond_the_last_is_refused(gpus: Any) -> None:
 def test_an_unknown_device_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="unknown device"):
         resolve_device(name)
-
-
-@pytest.mark.parametrize("world_size", ["2", "8", "many", ""])
-def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch, world_size: str) -> None:
-    monkeypatch.setenv("WORLD_SIZE", world_size)
-    with pytest.raises(ConfigError, match=f"WORLD_SIZE={world_size}, but .* is one process"):
-        single_process()
-
-
-def test_one_process_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    assert single_process() == Ranks(0, 0, 1)
-    monkeypatch.delenv("WORLD_SIZE")
-    assert single_process() == Ranks()
 
 
 def test_precision_is_checked_not_assumed(gpus: Any) -> None:

@@ -58,6 +58,7 @@ def test_every_error_has_its_exit_code() -> None:
         "CheckpointError": 4,
         "DivergedError": 5,
         "ProtectedPathError": 6,
+        "PeerError": 7,
         "StoppedBySignal": 75,
     }
 

@@ -63,6 +63,7 @@ def test_the_numbers_of_a_start(facts: Callable[..., dict[str, Any]]) -> None:
     assert told["batch"] == {
         "micro_batch_rows": 2, "accumulation": 4, "rows": 8, "seq_len": 8,
         "tokens_per_step": 64, "steps": 12, "tokens": 768, "steps_per_pass": 8, "passes": 1.5,
+        "ranks": 1, "engine": "none",
     }  # fmt: skip
     assert told["expected"]["bound_tokens_per_s"] == pytest.approx(1e12 / flops["training"])
     expected = ASSUMED_MFU * 1e12 / flops["training"]

@@ -106,6 +106,7 @@ class Group:
     ) -> None:
         self.ranks, self.timeout_s = ranks, timeout_s
         self._in_step = False  # all ranks compute: nobody waits for an order
+        self._alone = False  # in step, but the others wait for what rank 0 says of its work
         self._store = store
         self._patient = dist.new_group(backend="gloo", timeout=PATIENCE) if store else None
         self._counts = (
@@ -126,6 +127,11 @@ class Group:
     def leads(self) -> bool:
         """Whether this is rank 0, which alone writes results."""
         return self.ranks.rank == 0
+
+    @property
+    def may_leave(self) -> bool:
+        """Whether this rank may end its work here: the others wait, and are told."""
+        return self.world_size == 1 or (self.leads and (self._alone or not self._in_step))
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Sums over all ranks of a few numbers; counts are exact up to 2^53."""
@@ -205,8 +211,7 @@ class Group:
         try:
             yield
         except BaseException as error:
-            code = error.exit_code if isinstance(error, ModernLLMError) else 1
-            told = {"message": f"rank 0 failed: {error}", "exit_code": code}
+            told = _failure(error)
             raise
         finally:
             if not self._in_step:
@@ -215,8 +220,8 @@ class Group:
     @contextmanager
     def ordered(self, order: Mapping[str, Any]) -> Iterator[None]:
         """Rank 0's part of what all ranks do in step; the others get the order."""
-        self.share({"do": order})
         self._in_step = True
+        self.share({"do": order})
         yield
         self._in_step = False  # not after a failure: nobody waits then
 
@@ -243,11 +248,13 @@ class Group:
         if not self.leads and (failed := self.share(NOTHING)):
             raise PeerError(failed["message"], exit_code=failed["exit_code"])
         try:
+            self._alone = self.leads
             yield
+            self._alone = False
         except BaseException as error:
+            self._alone = False
             if self.leads:
-                code = error.exit_code if isinstance(error, ModernLLMError) else 1
-                self.share({"message": f"rank 0 failed: {error}", "exit_code": code})
+                self.share(_failure(error))
             raise
         if self.leads:
             self.share(NOTHING)
@@ -287,6 +294,11 @@ class Group:
                 f"({first}); logs/rank-*.log of the run tell more, the last checkpoint stands, and "
                 "the same command goes on from it"
             ) from error
+
+
+def _failure(error: BaseException) -> dict[str, Any]:
+    """What rank 0 tells the others of its own end."""
+    return {"message": f"rank 0 failed: {error}", "exit_code": getattr(error, "exit_code", 1)}
 
 
 _group = Group()

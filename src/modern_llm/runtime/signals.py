@@ -20,18 +20,19 @@ class StopSignal:
     A second SIGINT raises ``KeyboardInterrupt``: the user does not want to wait. A request that is
     still unanswered when the block ends goes to the `stop_at_once` around it, if there is one.
 
-    Of several ranks, a signal may reach one, and the others a step later: `agree` gives all of
-    them one answer, and nobody leaves what the others are in before that.
+    Of several ranks, a signal may reach one, and the others a step later: it is noted, and
+    requested of all of them where they `agree`. Nobody leaves what the others are in before that.
     """
 
     def __init__(self) -> None:
         self.requested: str | None = None
+        self._noted: str | None = None  # by this rank
         self._before: dict[int, Any] = {}
         self._leave = False  # inside `unless`
 
     def agree(self) -> None:
         """Take over what any rank was asked; all ranks call it at the same place."""
-        asked = 0 if self.requested is None else signal.Signals[self.requested].value
+        asked = 0 if self._noted is None else signal.Signals[self._noted].value
         if number := group().highest(asked):
             self.requested = signal.Signals(number).name
 
@@ -54,19 +55,24 @@ class StopSignal:
         return result if self.requested is None else None
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.requested == "SIGINT":
+        if number == signal.SIGINT and self._noted == "SIGINT":
             raise KeyboardInterrupt
-        self.requested = signal.Signals(number).name
+        self._note(signal.Signals(number).name)
         if self._leave:
             self._leave = False  # once: another signal must not end what cleans up
             raise _Stop
+
+    def _note(self, name: str) -> None:
+        self._noted = name
+        if group().world_size == 1:  # nobody to agree with
+            self.requested = name
 
     def __enter__(self) -> Self:
         self._before = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
         _entered.append(self)
         around = self._before[signal.SIGTERM]
-        if isinstance(around, _StopNow):  # asked before, where the answer was lost
-            self.requested = self.requested or around.requested
+        if isinstance(around, _StopNow) and around.requested:  # asked before, and not answered
+            self._note(around.requested)
         return self
 
     def __exit__(
@@ -78,8 +84,8 @@ class StopSignal:
         _entered.remove(self)
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        if self.requested is not None and kind is None:
-            number = signal.Signals[self.requested]
+        if self._noted is not None and kind is None:
+            number = signal.Signals[self._noted]
             around = self._before[number]
             if isinstance(around, _StopNow):
                 around(number, None)
@@ -99,6 +105,8 @@ def leave_together() -> None:
 class _Stop(BaseException):  # passes what catches Exception
     """Leaves the block of `stop_at_once`, or the call of `StopSignal.unless`."""
 
+    exit_code = StoppedBySignal.exit_code  # what the other ranks are told
+
 
 class _StopNow:
     """Signal handler that notes the signal and, where it may, leaves the block.
@@ -109,12 +117,13 @@ class _StopNow:
 
     requested: str | None = None
 
-    def __init__(self, *, leave: bool) -> None:
-        self.leave = leave
-
     def __call__(self, number: int, frame: FrameType | None) -> None:
         self.requested = signal.Signals(number).name
-        if self.leave:
+        self.leave()
+
+    def leave(self) -> None:
+        """Leave the block, if a signal came and no other rank is in step with this one."""
+        if self.requested is not None and group().may_leave:
             raise _Stop
 
 
@@ -123,24 +132,32 @@ def stop_at_once() -> Iterator[None]:
     """While entered, a stop signal ends the block where it is.
 
     For work between training loops, such as preparing data and evaluation: its files appear whole
-    or not at all, so there is nothing to be saved. A rank that only follows rank 0 notes the
-    signal for the next training loop: rank 0 has it too, and says what happens.
+    or not at all, so there is nothing to be saved. A rank that is in step with others only notes
+    the signal for the next training loop, or `leave_if_asked`. One that follows rank 0 ends as
+    rank 0 does, which has the signal too or finishes.
 
     Raises:
         StoppedBySignal: a signal came.
     """
-    now = _StopNow(leave=group().leads)
+    now, leads = _StopNow(), group().leads
     before = {number: signal.signal(number, now) for number in STOP_SIGNALS}
     try:
         yield
     except BaseException:
-        if now.requested is None:
+        if now.requested is None or not leads:
             raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if now.requested is not None:
+    if now.requested is not None and leads:
         raise StoppedBySignal(
             f"{now.requested}: what is finished stands; the same command goes on from there "
             "(without --force)"
         )
+
+
+def leave_if_asked() -> None:
+    """End the block of `stop_at_once` if a signal came while the ranks were in step."""
+    now = signal.getsignal(signal.SIGTERM)
+    if isinstance(now, _StopNow):
+        now.leave()

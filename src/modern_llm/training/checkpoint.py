@@ -95,9 +95,7 @@ def write_checkpoint(
         DivergedError: a weight is not finite; nothing is written.
         ProtectedPathError: ``target`` exists, or the disk refuses; nothing is left behind.
     """
-    for name, tensor in weights.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise DivergedError(f"{target} is not saved: weight '{name}' is not finite; {WAY_OUT}")
+    check_finite(weights, target)
     needed = sum(t.numel() * t.element_size() for t in weights.values()) + _bytes(trainer_state)
     try:
         with published_folder(target) as staging:
@@ -124,6 +122,17 @@ def write_checkpoint(
             "free space or choose another output, then start again: the run goes on"
         ) from error
     return digest
+
+
+def check_finite(weights: Mapping[str, Tensor], target: Path) -> None:
+    """Refuse weights that are not finite.
+
+    Raises:
+        DivergedError: names the first such weight, and ``target``, which is not to be written.
+    """
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise DivergedError(f"{target} is not saved: weight '{name}' is not finite; {WAY_OUT}")
 
 
 def _bytes(value: Any) -> int:

@@ -5,6 +5,7 @@ norm of the whole gradient. They differ in what each rank holds (see ``docs/scal
 """
 
 import inspect
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -219,6 +220,8 @@ class FullyShared(Engine):
                 if name in kept:
                     tensor.copy_(kept[name])
             fill(model)
+        # The logits of chosen tokens are a view; no objective changes them in place.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
         for name in ("hidden", "logits"):  # called one by one when text is generated
             if hasattr(model, name):
                 register_fsdp_forward_method(model, name)

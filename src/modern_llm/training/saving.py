@@ -14,7 +14,7 @@ from typing import Any
 from modern_llm.errors import ModernLLMError
 from modern_llm.runtime.logs import get_logger
 from modern_llm.runtime.ranks import group
-from modern_llm.training.checkpoint import write_checkpoint
+from modern_llm.training.checkpoint import check_finite, write_checkpoint
 from modern_llm.training.retention import checkpoint_path, prune
 
 log = get_logger(__name__)
@@ -60,10 +60,16 @@ class Saver:
             contents: see `write_checkpoint`; on rank 0 apart from what trains on.
             protect: what `prune` must leave.
             begin: when training stopped for it, of ``time.perf_counter``.
+
+        Raises:
+            DivergedError: a weight is not finite.
+            PeerError: the same on the ranks beside the first.
         """
         self.step, self._protect = step, protect
+        target = checkpoint_path(self.checkpoints, step)
+        with group().leader_first():
+            check_finite(contents["weights"], target)
         if group().leads:
-            target = checkpoint_path(self.checkpoints, step)
             stopped_s = time.perf_counter() - begin
             self._facts = {"step": step, "name": target.name, "begin": begin, "stopped": stopped_s}
             self._writing = self._thread.submit(write_checkpoint, target, **contents)

@@ -14,7 +14,7 @@ from modern_llm.errors import ConfigError, DataError, DivergedError
 from modern_llm.models.weights import whole
 from modern_llm.runtime.devices import autocast
 from modern_llm.runtime.ranks import group
-from modern_llm.training.engines import Engine
+from modern_llm.training.engines import Engine, OneProcess
 from modern_llm.training.gradients import gradient_statistics
 from modern_llm.training.objectives import Objective, Terms
 from modern_llm.training.optim import build_optimizers
@@ -37,7 +37,7 @@ class Update:
         objective: loss of the stage.
         config: optimizer, schedule, clipping and precision.
         device: where to compute.
-        engine: how the model lies on the ranks.
+        engine: how the model lies on the ranks; default: one process has all.
 
     Raises:
         ConfigError: unknown optimizer, schedule or option; the model keeps its activations.
@@ -50,12 +50,13 @@ class Update:
         config: TrainingConfig,
         *,
         device: torch.device,
-        engine: Engine,
+        engine: Engine | None = None,
     ) -> None:
         self.model, self.objective, self.config, self.device = model, objective, config, device
         _set_activation_checkpointing(model, config.activation_checkpointing)
-        self.engine, self.wrapped = engine, engine.wrap(model)
-        self.optimizers = engine.optimizers(build_optimizers(model, config))
+        self.engine = engine or OneProcess(device, config.precision)
+        self.wrapped = self.engine.wrap(model)
+        self.optimizers = self.engine.optimizers(build_optimizers(model, config))
         self.schedule = Schedule(config)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         self._parameters = self.optimizers.parameters()

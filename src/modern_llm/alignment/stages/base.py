@@ -33,6 +33,7 @@ from modern_llm.runtime.devices import check_precision, resolve_device, set_thre
 from modern_llm.runtime.environment import environment, utc_now
 from modern_llm.runtime.logs import get_logger
 from modern_llm.runtime.ranks import group
+from modern_llm.runtime.signals import leave_if_asked
 from modern_llm.training.checkpoint import (
     WEIGHTS,
     Checkpoint,
@@ -292,6 +293,7 @@ class TrainedStage(Stage):
         order = {"stage": self.name, "run": str(self.run), "parent": parent}
         with group().ordered(order):
             fit, model, audit = self.train()
+        leave_if_asked()
         if group().world_size > 1:
             model = self.published(fit)
         scores, missing = split_results(self.scores(model.eval()))
@@ -309,7 +311,8 @@ class TrainedStage(Stage):
         with group().leader_first():
             if group().leads:
                 audit = self.audit()
-            loader, objective, _ = self.loader(), self.objective(), self.validation_objective()
+            loader, objective = self.loader(), self.objective()
+            self.validation_objective(), self.validation()
         model = engine.build(self.build_model, self.fill)
         cost, startup = self.cost_of(model), None
         if group().leads:
