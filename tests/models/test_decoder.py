@@ -96,6 +96,21 @@ def test_activation_checkpointing_changes_no_gradient(variant: dict) -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
+def test_activation_checkpointing_serves_a_stage_without_dropout() -> None:
+    """DPO trains in eval mode: there, too, a block's activations are not kept."""
+    kept = []
+    for enabled in (False, True):
+        model = make().eval()
+        model.set_activation_checkpointing(enabled)
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x, to=saved: to.append(x.numel()) or x, lambda x: x
+        ):
+            model(tokens())
+        kept.append(sum(saved))
+    assert kept[1] < kept[0] / 3
+
+
 def test_initial_spread() -> None:
     model = make(d_model=128, n_layers=8, d_ff=512, init_std=0.03, bias=True, ffn="standard")
     weights = model.weights()

@@ -81,12 +81,15 @@ def run(args: argparse.Namespace, *, rewrite: Rewrite | None = None) -> int:
         allow_data_change=args.allow_data_change,
     )  # fmt: skip
     if args.dry_run:
-        from modern_llm.alignment.plan import print_plan
+        from modern_llm.alignment.plan import machine_of, print_plan
 
+        flags = ("gpu", "gpus", "gpus_per_node", "mfu")  # of `plan` alone
+        machine = machine_of(*(getattr(args, flag, None) for flag in flags))
         preflight = pipeline.preflight(
-            stage, checkpoint=checkpoint, elsewhere=args.elsewhere, ranks=args.ranks
-        )
-        return print_plan(config, preflight, limit_s=args.time_limit)
+            stage, checkpoint=checkpoint, elsewhere=args.elsewhere or machine is not None,
+            ranks=args.ranks,
+        )  # fmt: skip
+        return print_plan(config, preflight, machine, limit_s=args.time_limit)
     if args.elsewhere or args.ranks is not None or args.time_limit is not None:
         raise ConfigError("--elsewhere, --ranks and --time-limit belong to --dry-run")
     with joined(launched_ranks(), timeout_s=config.rank_timeout_s) as group, stop_at_once():
@@ -138,8 +141,14 @@ def eval_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def plan_arguments(parser: argparse.ArgumentParser) -> None:
-    """Those of a run that computes nothing."""
+    """Those of a run that computes nothing, and the machine that it is planned for."""
     stage_arguments(parser)
+    parser.add_argument("--gpu", metavar="NAME", help="plan for this card, such as h100, rtx4090")
+    parser.add_argument("--gpus", type=int, help="so many of them; default: 1")
+    parser.add_argument("--gpus-per-node", type=int, help="of each machine; default: 8")
+    parser.add_argument(
+        "--mfu", type=float, help="share of the card's peak to count hours with; default: 0.4"
+    )
     parser.set_defaults(dry_run=True)
 
 

@@ -203,7 +203,7 @@ class ModernDecoderLM(WeightsMixin):
             x_BTD = F.dropout(x_BTD, self.config.dropout)
         routing: list[tuple[int, Routing]] = []
         for layer, block in enumerate(self.blocks):
-            if self.activation_checkpointing and self.training:
+            if self.activation_checkpointing and torch.is_grad_enabled():
                 x_BTD, routed = checkpoint(block, x_BTD, contexts[layer], use_reentrant=False)
             else:
                 x_BTD, routed = block(x_BTD, contexts[layer])
