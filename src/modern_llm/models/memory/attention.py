@@ -32,6 +32,10 @@ def attention(config: ModelConfig, step: Pass, layer: int) -> float:
         shapes = [(p.n_queries, p.n_keys) for p in window.pieces(step.seq_len, step.seq_len)]
         causal = False
     kept = sum(kernel(config, step, queries, keys, causal) for queries, keys in shapes)
+    if kernel is _fused and repeats(config, step):
+        size = config.head_size + (SDPAKernel.sink_width if config.sink == "learned" else 0)
+        repeated = sum(keys for _, keys in shapes)
+        kept += 2 * step.number * step.rows * config.n_heads * size * repeated
     heads, keys_values = config.n_heads * config.head_size, config.n_kv_heads * config.head_size
     c, n = step.number, step.tokens
     product, turned = c * n * (heads + 2 * keys_values), c * n * (heads + keys_values)
@@ -68,23 +72,15 @@ def _kernel(config: ModelConfig, step: Pass) -> Kernel:
             name = "blocks"
     if name == "sdpa" and not step.on_gpu and step.dropout and config.dropout:
         return _plain  # the CPU's fused kernel has no dropout
-    if name == "sdpa" and step.on_gpu and falls_back(config, step):
-        return _plain
     return {"manual": _manual, "blocks": _blocks}.get(name, _fused)
 
 
-def falls_back(config: ModelConfig, step: Pass) -> bool:
-    """Whether CUDA has no fused kernel: they take a mask or grouped heads, not both.
-
-    See ``enable_gqa`` of torch's ``scaled_dot_product_attention``: flash, which takes no mask, or
-    the written-out one.
-    """
-    if config.attention == "linear" or config.n_heads == config.n_kv_heads:
-        return False
-    if config.attention_backend not in ("auto", "sdpa") or config.softcap:
+def repeats(config: ModelConfig, step: Pass) -> bool:
+    """Whether keys and values are repeated for every head, see `kernels.sdpa.takes_groups`."""
+    if not step.on_gpu or config.n_heads == config.n_kv_heads:
         return False
     hides = step.masked or config.attention == "window" or config.sink == "learned"
-    return hides or _has_bias(config)
+    return hides or _has_bias(config) or not step.casts
 
 
 def _weights(config: ModelConfig, step: Pass, queries: int, keys: int) -> float:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from modern_llm.config import ModelConfig
 from modern_llm.models.ffn import ACTIVATIONS, FFNS
-from modern_llm.models.memory.attention import attention, falls_back, rotates, shared_masks
+from modern_llm.models.memory.attention import attention, rotates, shared_masks
 from modern_llm.models.memory.passes import FP32, INT64, Pass, dropped
 from modern_llm.models.norms import NORMS
 
@@ -195,9 +195,4 @@ def _notes(config: ModelConfig, step: Pass) -> list[str]:
         for field, name in chosen.items()
         if name not in KNOWN[field]
     ]
-    if step.on_gpu and falls_back(config, step):
-        notes.append(
-            "a mask with grouped heads has no fused kernel in torch: all T x T weights are held "
-            "(n_kv_heads=n_heads has one)"
-        )
     return notes
