@@ -63,6 +63,7 @@ DOORS = {  # library -> the modules (or packages) that may import it
 
 WRITERS = {  # file -> why it may write: everything else goes through runtime/artifacts.py
     "runtime/artifacts.py": "the writer",
+    "runtime/files.py": "lock files",
     "training/checkpoint.py": "fills the staging folder of artifacts.published_folder",
     "data/store.py": "publishes what data/writer.py has filled, by one rename",
     "data/sources/copies.py": "fills the staging folder of artifacts.published_folder",

@@ -43,6 +43,7 @@ NOT_RUN = {
     "source .venv/bin/activate": "changes the shell only",
     "git checkout": "changes the working tree",
     "git clone": "needs the network",
+    "torchrun": "tests/distributed runs the same with two processes",
     "sbatch": "tests/slurm runs every script",
     "bash slurm/": "tests/slurm runs every script",
 }

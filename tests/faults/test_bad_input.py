@@ -24,7 +24,8 @@ from modern_llm.config import ModelConfig
 from modern_llm.models import ModernDecoderLM
 from modern_llm.models.weights import model_weights
 from modern_llm.registry import _REGISTRIES
-from modern_llm.runtime.artifacts import locked, sha256_file, to_json
+from modern_llm.runtime.artifacts import sha256_file, to_json
+from modern_llm.runtime.files import locked
 from modern_llm.training.checkpoint import read_checkpoint, write_checkpoint
 
 Make = Callable[..., Path]

@@ -13,7 +13,7 @@ from modern_llm.errors import ConfigError
 from modern_llm.reporting import ledger as module
 from modern_llm.reporting.console import print_summary, summary_table
 from modern_llm.reporting.ledger import record_scores
-from modern_llm.runtime.artifacts import locked
+from modern_llm.runtime.files import locked
 
 
 def rows_of(ledger: Path) -> list[dict[str, object]]:

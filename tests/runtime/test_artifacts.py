@@ -21,7 +21,6 @@ from modern_llm.runtime import artifacts
 from modern_llm.runtime.artifacts import (
     JsonLines,
     back_up,
-    locked,
     new_folder,
     published_folder,
     sha256_file,
@@ -31,6 +30,7 @@ from modern_llm.runtime.artifacts import (
     write_json,
     write_text,
 )
+from modern_llm.runtime.files import locked
 from modern_llm.runtime.names import sibling_names, standing_siblings
 
 STAMPED = re.compile(r"result_\d{8}-\d{6}(-\d+)?\.json")
@@ -41,7 +41,7 @@ def start(code: str, *arguments: object) -> "subprocess.Popen[str]":
     """A process that runs ``code`` on the arguments; it says ready and waits for a line first."""
     head = (
         "import os, signal, sys, time\nfrom pathlib import Path\n"
-        "from modern_llm.runtime import artifacts as a\n"
+        "from modern_llm.runtime import artifacts as a, files as f\n"
         "print('ready', flush=True); sys.stdin.readline()\n"
     )
     process = subprocess.Popen(
@@ -410,7 +410,7 @@ def test_back_up_moves(tmp_path: Path) -> None:
 
 # --- the lock of a run folder -------------------------------------------------------------------
 
-HOLD = "with a.locked(Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(60)"
+HOLD = "with f.locked(Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(60)"
 
 
 def test_a_lock_names_its_holder_and_dies_with_it(tmp_path: Path) -> None:
@@ -441,7 +441,7 @@ def test_without_locks_it_goes_on_and_says_so_once(
     def flock(*_: Any) -> None:
         raise OSError(error, os.strerror(error))
 
-    monkeypatch.setattr(artifacts.fcntl, "flock", flock)
+    monkeypatch.setattr("fcntl.flock", flock)
     with caplog.at_level(logging.WARNING, logger="modern_llm"):
         for step in (1, 2):
             with locked(tmp_path):

@@ -10,14 +10,9 @@ from modern_llm.alignment.preflight import Preflight
 from modern_llm.alignment.stages import STAGES, Stage, TrainedStage
 from modern_llm.config import PARTS, TRAINED_STAGES, PipelineConfig
 from modern_llm.errors import ConfigError, ProtectedPathError
-from modern_llm.runtime.artifacts import (
-    Policy,
-    back_up,
-    locked,
-    new_folder,
-    write_json,
-)
+from modern_llm.runtime.artifacts import Policy, back_up, new_folder, write_json
 from modern_llm.runtime.environment import environment
+from modern_llm.runtime.files import locked
 from modern_llm.runtime.logs import get_logger, log_of_rank
 from modern_llm.runtime.names import standing_siblings
 from modern_llm.runtime.ranks import group

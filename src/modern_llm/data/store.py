@@ -32,14 +32,8 @@ from modern_llm.data.writer import (
     in_batches,
 )
 from modern_llm.errors import DataError
-from modern_llm.runtime.artifacts import (
-    block_told,
-    fsync_folder,
-    locked,
-    sha256_file,
-    sha256_json,
-    to_json,
-)
+from modern_llm.runtime.artifacts import block_told, fsync_folder, sha256_file, sha256_json, to_json
+from modern_llm.runtime.files import locked
 from modern_llm.runtime.logs import get_logger
 
 MAKE_AGAIN = "run 'modern-llm prepare-data' with this config, which makes it anew"

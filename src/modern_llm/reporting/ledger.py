@@ -17,7 +17,8 @@ from modern_llm.reporting.fields import read_rows
 from modern_llm.reporting.gains import evaluated_scores, scored_stages
 from modern_llm.reporting.results import read_run
 from modern_llm.reporting.values import Provenance, Run, Score
-from modern_llm.runtime.artifacts import JsonLines, locked, sha256_json
+from modern_llm.runtime.artifacts import JsonLines, sha256_json
+from modern_llm.runtime.files import locked
 
 WAIT_S = 60.0  # for another process that is writing its rows
 
@@ -98,7 +99,7 @@ def _row(
 
 @contextmanager
 def _waiting_lock(folder: Path) -> Iterator[None]:
-    """Like `artifacts.locked`, but wait: ledgers are shared between runs, and quick to write."""
+    """Like `files.locked`, but wait: ledgers are shared between runs, and quick to write."""
     deadline = time.monotonic() + WAIT_S
     while True:
         lock = locked(folder)

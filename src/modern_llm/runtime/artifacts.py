@@ -12,20 +12,17 @@ import json
 import math
 import os
 import shutil
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
-from modern_llm.errors import ConfigError, DataError, ProtectedPathError
+from modern_llm.errors import DataError, ProtectedPathError
+from modern_llm.runtime.files import FULL, cannot_write, io_told, lock_file
 from modern_llm.runtime.names import backup_name, sibling_names, staging_name
 
 Policy = Literal["timestamp", "skip", "replace"]
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)
 NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
-FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def sha256_file(path: Path) -> str:
@@ -106,45 +103,6 @@ def _claim(temporary: Path, name: Path) -> None:
         os.replace(temporary, name)
 
 
-@cache
-def _tell_no_locks(folder: Path) -> None:
-    from modern_llm.runtime.logs import get_logger  # and with it rich, for --help to do without
-
-    get_logger(__name__).warning(
-        "%s: its file system has no locks; nothing stops a second process that writes there", folder
-    )
-
-
-def _lock(file: IO[Any], path: Path, *, wait: bool = True) -> None:
-    """Lock an open file until it is closed; where there are no locks, say so and go on.
-
-    Raises:
-        BlockingIOError: another process has the lock, and ``wait`` is off.
-    """
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-        _tell_no_locks(path.parent)
-
-
-@contextmanager
-def _io_told(path: Path) -> Iterator[None]:
-    """Turn an ``OSError`` into one message that names the path."""
-    try:
-        yield
-    except OSError as error:
-        raise _cannot_write(path, error) from error
-
-
-def _cannot_write(path: Path, error: OSError) -> ProtectedPathError:
-    way_out = "free space" if error.errno in FULL else "make it writable"
-    return ProtectedPathError(
-        f"cannot write {path}: {error.strerror or error}; {way_out} or choose another output"
-    )
-
-
 def fsync_folder(folder: Path) -> None:
     """Make renames inside ``folder`` durable."""
     handle = os.open(folder, os.O_RDONLY)
@@ -170,7 +128,7 @@ def write_bytes(path: Path, data: bytes, *, on_exists: Policy = "timestamp") -> 
     """
     if on_exists == "skip" and path.exists():
         return None
-    with _io_told(path):
+    with io_told(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = staging_name(path)
         try:
@@ -207,7 +165,7 @@ def write_json(path: Path, value: Any, *, on_exists: Policy = "timestamp") -> Pa
 
 def write_status(path: Path, value: Any) -> None:
     """Put JSON in the place of what ``path`` held: no result, but how a command ended."""
-    with _io_told(path):
+    with io_told(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = staging_name(path)
         temporary.write_text(to_json(value))
@@ -225,7 +183,7 @@ def new_folder(path: Path, *, on_exists: Policy = "timestamp") -> Path | None:
     Raises:
         ProtectedPathError: the parent cannot be written.
     """
-    with _io_told(path):
+    with io_told(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         if on_exists == "replace":
             with suppress(FileNotFoundError):  # nothing there, or another process was faster
@@ -260,11 +218,11 @@ def published_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
         raise ProtectedPathError(f"{target} exists; it is never overwritten in place")
     staging = staging_name(target)
     try:
-        with _io_told(target):
+        with io_told(target):
             staging.mkdir(parents=True)
         with block_told(target):
             yield staging
-        with _io_told(target):
+        with io_told(target):
             for file in staging.rglob("*"):
                 if file.is_file():
                     with file.open("rb") as handle:
@@ -283,7 +241,7 @@ def block_told(target: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in FULL:
-            raise _cannot_write(target, error) from error
+            raise cannot_write(target, error) from error
         raise ProtectedPathError(f"{target} is not written: {error}") from error
 
 
@@ -297,51 +255,6 @@ def _publish(staging: Path, target: Path, *, replace: bool) -> None:
             with suppress(OSError):  # another process was faster
                 os.rename(old, target)
         raise
-
-
-@contextmanager
-def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
-    """Hold ``folder`` for this process; the lock dies with the process, so none is ever stale.
-
-    Args:
-        folder: made where it is not there.
-        wait: until another process lets go of it; what is there then may be new.
-
-    Raises:
-        ConfigError: another process holds it, and ``wait`` is off; names its pid and host.
-        ProtectedPathError: the folder cannot be written.
-    """
-    with _held_lock(folder, wait=wait) as handle:
-        with _io_told(folder):
-            handle.truncate(0)
-            handle.write(f"pid {os.getpid()} on {socket.gethostname()}")
-            handle.flush()
-        yield
-
-
-def _held_lock(folder: Path, *, wait: bool) -> IO[str]:
-    """The open lock file of a folder, locked."""
-    path = folder / ".lock"
-    while True:
-        with _io_told(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            try:
-                handle = path.open("a+")
-            except FileNotFoundError:  # the folder was moved away just now
-                continue
-        try:
-            _lock(handle, path, wait=wait)
-            with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(handle.fileno()), path.stat()):
-                    return handle
-            handle.close()  # its holder moved or removed the folder: this is no lock of it
-        except BlockingIOError:
-            handle.seek(0)
-            holder = handle.read().strip() or "unknown"
-            handle.close()
-            raise ConfigError(
-                f"{folder} is in use by another run ({holder}); wait, or give another --run-name"
-            ) from None
 
 
 class JsonLines:
@@ -365,8 +278,8 @@ class JsonLines:
 
     def _repair(self) -> None:
         whole = 0
-        with _io_told(self.path), self.path.open("r+b" if self.writes else "rb") as file:
-            _lock(file, self.path)  # nobody appends between reading and cutting
+        with io_told(self.path), self.path.open("r+b" if self.writes else "rb") as file:
+            lock_file(file, self.path)  # nobody appends between reading and cutting
             for number, line in enumerate(file, start=1):
                 if not line.endswith(b"\n"):
                     if self.writes:
@@ -394,7 +307,7 @@ class JsonLines:
 
     def rows(self) -> list[dict[str, Any]]:
         """All rows so far, in order."""
-        with _io_told(self.path):
+        with io_told(self.path):
             lines = self.path.read_bytes().splitlines()
         return [self._parsed(line, number) for number, line in enumerate(lines, start=1)]
 
@@ -407,9 +320,9 @@ class JsonLines:
         if not self.writes:
             return False
         line = json.dumps(_finite(row), allow_nan=False) + "\n"
-        with _io_told(self.path):
+        with io_told(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("ab") as file:
-                _lock(file, self.path)
+                lock_file(file, self.path)
                 file.write(line.encode())
         return True
