@@ -123,5 +123,6 @@ class Trackers:
     def close(self) -> None:
         """Write what is left."""
         if self._accelerator is not None:
-            self._accelerator.end_training()
+            for tracker in self._accelerator.trackers:
+                tracker.finish()  # end_training would also leave the group of ranks
             self._accelerator = None

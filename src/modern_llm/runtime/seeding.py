@@ -19,6 +19,17 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def seed_rank(seed: int, rank: int, *place: int) -> None:
+    """Seed the generators of training: another sequence on every rank, so that dropout differs.
+
+    Args:
+        seed: of the stage.
+        rank: the first one has what one process alone has.
+        place: more that tells the others' sequences apart, such as the step.
+    """
+    seed_everything(derive_seed(seed, "training", *((rank, *place) if rank else ())))
+
+
 def rng_state(device: torch.device) -> dict[str, Any]:
     """State of the generators of Python, torch and ``device``, loads with ``weights_only=True``.
 

@@ -216,6 +216,8 @@ class FullyShared(Engine):
                 if name in kept:
                     tensor.copy_(kept[name])
             fill(model)
+        # The logits of chosen tokens are a view; no objective changes them in place.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
         return model
 
     @contextmanager
@@ -253,8 +255,6 @@ class FullyShared(Engine):
         shared = all(isinstance(p, DTensor) for p in model.parameters())
         if not (isinstance(model, FSDPModule) and shared):
             raise ConfigError("training.distributed=fsdp was not applied to the whole model")
-        # Nobody changes logits in place, and each rank would say it.
-        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         return model
 
 

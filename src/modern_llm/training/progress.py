@@ -1,5 +1,6 @@
 """What a run tells while it trains: rows of ``metrics.jsonl`` and a live line on the console."""
 
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -10,6 +11,7 @@ from modern_llm.config import TrainingConfig
 from modern_llm.runtime.artifacts import JsonLines
 from modern_llm.runtime.environment import environment, utc_now
 from modern_llm.runtime.logs import Trackers, console, get_logger
+from modern_llm.runtime.ranks import group
 from modern_llm.training.records import Progress, StepStats, perplexity
 from modern_llm.training.throughput import Work, mfu
 
@@ -55,6 +57,25 @@ def train_row(
     }
 
 
+def ranks_row(now: Progress, last: Progress, memory: Mapping[str, float]) -> dict[str, Any]:
+    """What each of several ranks took a step for itself, and its memory; all ranks call it.
+
+    Args:
+        now: progress after the newest step.
+        last: progress at the last row.
+        memory: of this rank, see `memory_row`.
+    """
+    if group().world_size == 1:
+        return {}
+    busy_s = (now.busy_s - last.busy_s) / (now.step - last.step)
+    busy, peaks = zip(*group().gather([busy_s, memory["memory_peak_gb"]]), strict=True)
+    return {
+        "busy_s_of_ranks": [round(s, 6) for s in busy],  # loading and forward passes
+        "memory_peak_gb_of_ranks": list(peaks),
+        "slowest_rank": busy.index(max(busy)),
+    }
+
+
 def describe(row: dict[str, Any]) -> str:
     """One line of a train row: loss, learning rate, gradient, speed, MFU, memory."""
     share, reached = row["mfu"], row["tflops"]
@@ -68,6 +89,7 @@ def describe(row: dict[str, Any]) -> str:
         *([] if reached is None else [f"{reached:.3g} TFLOP/s"]),
         "MFU n/a" if share is None else f"MFU {share:.1%}",
         f"{row['memory_gb']:.2f} GB (peak {row['memory_peak_gb']:.2f})",
+        *([f"slowest rank {row['slowest_rank']}"] if "slowest_rank" in row else []),
     ]
     return "  ".join(parts)
 

@@ -5,11 +5,13 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from modern_llm.errors import DivergedError
 from modern_llm.runtime.logs import get_logger
+from modern_llm.training.throughput import Work, mfu
 
 log = get_logger(__name__)
 WAY_OUT = "lower training.lr, or look at the data"  # of a run that diverged
@@ -60,6 +62,7 @@ class Progress:
     units: int = 0
     scored: int = 0  # tokens at which the head computed
     seconds: float = 0.0  # in training steps, all processes of the run together
+    busy_s: float = 0.0  # of this rank in loading and forward passes; the first rank's is saved
     steady_tokens: int = 0  # without each process's first step, which compiles and warms up
     steady_scored: int = 0
     steady_seconds: float = 0.0
@@ -99,3 +102,33 @@ class FitResult:
     checkpoint: Path
     sha256: str
     restarts: int
+
+
+def fit_result(
+    progress: Progress, *, work: Work | None, peak: float | None, passes: float, **facts: Any
+) -> FitResult:
+    """What a finished run comes to.
+
+    Args:
+        progress: at its end.
+        work: FLOPs of a token.
+        peak: FLOP/s of the devices of all ranks.
+        passes: over the training data.
+        **facts: fields of the result that are known already.
+    """
+    p = progress
+    seconds = p.steady_seconds or math.inf  # of a single step: no speed is known
+    flops = work.flops(p.steady_tokens, p.steady_scored) if work else None
+    return FitResult(
+        steps=p.step,
+        tokens=p.tokens,
+        passes=passes,
+        seconds=p.seconds,
+        epoch_s=p.seconds / passes,
+        tokens_per_s=p.steady_tokens / seconds,
+        mfu=mfu(None if flops is None else flops / seconds, peak),
+        final_loss=p.loss,
+        best={"step": p.best_step, "loss": p.best_loss} if p.best_step >= 0 else None,
+        restarts=p.restarts,
+        **facts,
+    )

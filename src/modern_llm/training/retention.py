@@ -63,6 +63,22 @@ def newest_good(checkpoints: Path) -> Path | None:
     return None
 
 
+def to_go_on_from(checkpoints: Path, *, resume: bool) -> str | None:
+    """Path of the checkpoint that a run goes on from, after what killed processes left is cleared.
+
+    Raises:
+        CheckpointError: there are checkpoints and ``resume`` is off, or see `newest_good`.
+    """
+    sweep(checkpoints)
+    if not resume and list_checkpoints(checkpoints):
+        raise CheckpointError(
+            f"{checkpoints} has checkpoints; resume from them, or choose another output"
+        )
+    newest = newest_good(checkpoints)
+    set_aside_damaged(checkpoints, newest=newest)
+    return None if newest is None else str(newest)
+
+
 def set_aside_damaged(checkpoints: Path, *, newest: Path | None) -> None:
     """Rename what is newer than the newest good checkpoint, so that its step can be saved again."""
     for folder in list_checkpoints(checkpoints):

@@ -1,24 +1,16 @@
 """One training loop for every stage; a stage brings a model, batches and an objective."""
 
-import math
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from modern_llm.config import TrainingConfig
 from modern_llm.data.loader import Loader
-from modern_llm.errors import (
-    CheckpointError,
-    DataError,
-    DivergedError,
-    StoppedBySignal,
-)
+from modern_llm.errors import DataError, DivergedError, StoppedBySignal
 from modern_llm.runtime.artifacts import JsonLines, sha256_json
 from modern_llm.runtime.devices import (
     check_precision,
@@ -30,28 +22,29 @@ from modern_llm.runtime.devices import (
 )
 from modern_llm.runtime.logs import get_logger
 from modern_llm.runtime.ranks import group
-from modern_llm.runtime.seeding import derive_seed, rng_state, seed_everything, set_rng_state
+from modern_llm.runtime.seeding import rng_state, seed_rank, set_rng_state
 from modern_llm.runtime.signals import StopSignal
-from modern_llm.training.checkpoint import (
-    load_model_weights,
-    read_checkpoint,
-    write_checkpoint,
-)
+from modern_llm.training.checkpoint import load_model_weights, read_checkpoint, write_checkpoint
 from modern_llm.training.engines import Engine, OneProcess
 from modern_llm.training.objectives import Objective
-from modern_llm.training.progress import RunLog, train_row
-from modern_llm.training.records import FirstLoss, FitResult, Progress, StepStats, perplexity
+from modern_llm.training.progress import RunLog, ranks_row, train_row
+from modern_llm.training.records import (
+    FirstLoss,
+    FitResult,
+    Progress,
+    StepStats,
+    fit_result,
+    perplexity,
+)
 from modern_llm.training.retention import (
     checkpoint_path,
-    list_checkpoints,
-    newest_good,
-    set_aside_damaged,
     standing_final,
-    sweep,
+    to_go_on_from,
 )
 from modern_llm.training.saving import Saver
-from modern_llm.training.throughput import Work, mfu, peak_flops
+from modern_llm.training.throughput import Work, peak_flops
 from modern_llm.training.update import Update
+from modern_llm.training.validation import Hook, aside
 
 log = get_logger(__name__)
 
@@ -93,8 +86,8 @@ class Trainer:
         folder: Path,
         tokenizer_json: str,
         checkpoint_meta: Mapping[str, Any],
-        evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None,
-        sample: Callable[[nn.Module], Mapping[str, Any]] | None = None,
+        evaluate: Hook | None = None,
+        sample: Hook | None = None,
         work: Work | None = None,
         first_loss: FirstLoss | None = None,
         startup: Mapping[str, Any] | None = None,
@@ -124,7 +117,6 @@ class Trainer:
         self.saver = Saver(self.checkpoints, keep_last=config.keep_last)
         self._validation: tuple[int, dict[str, float]] | None = None  # step, scores
         self._last_row = Progress()  # for the speed since the last train row
-        self._last_busy_s = 0.0
         self._steps_here = 0  # of this process
 
     def train_step(self, micro_batches: Iterable[Any]) -> StepStats:
@@ -135,7 +127,9 @@ class Trainer:
             DataError: the step has no unit.
         """
         first = self.first_loss if self.progress.step == 0 else None
+        busy_s = self.update.busy_s
         stats = self.update(micro_batches, step=self.progress.step, first_loss=first)
+        self.progress.busy_s += self.update.busy_s - busy_s
         self.progress.step += 1
         self.progress.tokens += stats.tokens
         self.progress.units += stats.units
@@ -183,20 +177,13 @@ class Trainer:
         if group().ranks.rank < len(states):
             set_rng_state(states[group().ranks.rank], self.device)
         else:  # this rank is new
-            self._seed(self.progress.step)
-
-    def _seed(self, *place: int) -> None:
-        """Draw another sequence on every rank; that of one process does not tell its rank."""
-        rank = group().ranks.rank
-        seed_everything(
-            derive_seed(self.config.seed, "training", *([rank, *place] if rank else ()))
-        )
+            seed_rank(self.config.seed, group().ranks.rank, self.progress.step)
 
     def _restore(self) -> None:
         """Start fresh, or go on from the newest good checkpoint."""
-        found = group().leader(self._newest_good)
+        found = group().leader(lambda: to_go_on_from(self.checkpoints, resume=self.resume))
         if found is None:
-            self._seed()
+            seed_rank(self.config.seed, group().ranks.rank)
             return
         newest = Path(found)
         checkpoint = read_checkpoint(newest, verify=False)
@@ -208,17 +195,6 @@ class Trainer:
         if "validation" in checkpoint.meta:
             self._validation = (self.progress.step, checkpoint.meta["validation"])
         log.info("%s: going on from %s", self.folder.name, newest.name)
-
-    def _newest_good(self) -> str | None:
-        """Clear what killed processes left, and say where to go on from."""
-        sweep(self.checkpoints)
-        if not self.resume and list_checkpoints(self.checkpoints):
-            raise CheckpointError(
-                f"{self.checkpoints} has checkpoints; resume from them, or choose another output"
-            )
-        newest = newest_good(self.checkpoints)
-        set_aside_damaged(self.checkpoints, newest=newest)
-        return None if newest is None else str(newest)
 
     def _contents(self, *, with_state: bool, copy: bool) -> dict[str, Any]:
         """What a checkpoint of now holds, as `write_checkpoint` takes it; all ranks call it."""
@@ -349,20 +325,8 @@ class Trainer:
             self.progress.steady_scored += stats.scored
         self._steps_here += 1
 
-    def _aside(
-        self, call: Callable[[nn.Module], Mapping[str, Any]], stop: StopSignal
-    ) -> Mapping[str, Any] | None:
-        """Call with the model in eval mode, unless a stop comes; mode and random state stay."""
-        training, state = self.model.training, rng_state(self.device)
-        # A compiled model runs what is compiled already, and compiles nothing for a hook.
-        stance = torch.compiler.set_stance("eager_on_recompile") if self.config.compile else None
-        self.model.eval()
-        try:
-            with torch.no_grad(), stance or nullcontext():
-                return stop.unless(lambda: call(self.model))
-        finally:
-            self.model.train(training)
-            set_rng_state(state, self.device)
+    def _aside(self, call: Hook, stop: StopSignal) -> Mapping[str, Any] | None:
+        return aside(call, self.model, stop, device=self.device, compiled=self.config.compile)
 
     def _evaluate(self, stop: StopSignal) -> None:
         assert self.evaluate is not None
@@ -390,25 +354,11 @@ class Trainer:
         digest = group().leader(
             lambda: standing_final(final, step=p.step) or write_checkpoint(final, **contents)
         )
-        seconds = p.steady_seconds or math.inf  # of a single step: no speed is known
-        work = self.work.flops(p.steady_tokens, p.steady_scored) if self.work else None
-        best = {"step": p.best_step, "loss": p.best_loss} if p.best_step >= 0 else None
-        passes = p.step / self.loader.steps_per_epoch
-        return FitResult(
-            steps=p.step,
-            tokens=p.tokens,
-            passes=passes,
-            seconds=p.seconds,
-            epoch_s=p.seconds / passes,
-            tokens_per_s=p.steady_tokens / seconds,
-            mfu=mfu(None if work is None else work / seconds, self.peak),
-            peak_memory_gb=max(m for (m,) in group().gather([peak_memory_gb(self.device)])),
-            final_loss=p.loss,
-            best=best,
-            checkpoint=final,
-            sha256=digest,
-            restarts=p.restarts,
-        )
+        return fit_result(
+            p, passes=p.step / self.loader.steps_per_epoch, work=self.work, peak=self.peak,
+            peak_memory_gb=max(gb for (gb,) in group().gather([peak_memory_gb(self.device)])),
+            checkpoint=final, sha256=digest,
+        )  # fmt: skip
 
     def _tell_start(self) -> None:
         self.run_log.start(
@@ -434,23 +384,10 @@ class Trainer:
             likelihood=self.objective.likelihood, work=self.work, peak=self.peak,
         )  # fmt: skip
         eta_s = (self.config.max_steps - p.step) * (p.seconds - last.seconds) / (p.step - last.step)
-        memory, steps = memory_row(self.device), p.step - last.step
-        ranks = self._ranks_row(memory, steps)
+        memory = memory_row(self.device)
+        ranks = ranks_row(p, last, memory)
         self._last_row = replace(p)
         self.run_log.train(row | memory | ranks, eta_s=eta_s)
-
-    def _ranks_row(self, memory: Mapping[str, float], steps: int) -> dict[str, Any]:
-        """What each of several ranks took a step, in loading and forward passes, and its memory."""
-        busy_s = (self.update.busy_s - self._last_busy_s) / steps
-        self._last_busy_s = self.update.busy_s
-        if group().world_size == 1:
-            return {}
-        busy, peaks = zip(*group().gather([busy_s, memory["memory_peak_gb"]]), strict=True)
-        return {
-            "busy_s_of_ranks": [round(s, 6) for s in busy],
-            "memory_peak_gb_of_ranks": list(peaks),
-            "slowest_rank": busy.index(max(busy)),
-        }
 
     def _tell_stop(self, status: str) -> None:
         p = self.progress

@@ -1,6 +1,7 @@
-"""One fixed pass over held-out batches with a stage's own objective."""
+"""What is done with a model beside its training, such as a pass over held-out batches."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -9,8 +10,34 @@ from torch import nn
 from modern_llm.errors import DataError
 from modern_llm.runtime.devices import autocast
 from modern_llm.runtime.ranks import group
-from modern_llm.runtime.signals import leave_together
+from modern_llm.runtime.seeding import rng_state, set_rng_state
+from modern_llm.runtime.signals import StopSignal, leave_together
 from modern_llm.training.objectives import Objective
+
+Hook = Callable[[nn.Module], Mapping[str, Any]]
+
+
+def aside(
+    call: Hook, model: nn.Module, stop: StopSignal, *, device: torch.device, compiled: bool
+) -> Mapping[str, Any] | None:
+    """Call with the model in eval mode, unless a stop comes; mode and random state stay.
+
+    Args:
+        call: gets the model.
+        model: as it trains.
+        stop: of the loop.
+        device: whose random state is kept.
+        compiled: whether the model is; it compiles nothing more for this.
+    """
+    training, state = model.training, rng_state(device)
+    stance = torch.compiler.set_stance("eager_on_recompile") if compiled else None
+    model.eval()
+    try:
+        with torch.no_grad(), stance or nullcontext():
+            return stop.unless(lambda: call(model))
+    finally:
+        model.train(training)
+        set_rng_state(state, device)
 
 
 def mean_loss(
