@@ -11,7 +11,7 @@ from launching import Launcher, rows
 from safetensors.torch import load_file
 
 from modern_llm.runtime.artifacts import sha256_file
-from modern_llm.training.checkpoint import read_checkpoint
+from modern_llm.training.checkpoint import read_checkpoint, write_checkpoint
 
 STEPS = 8
 ENGINES = {"1": (0, "none"), "2-ddp": (2, "ddp"), "2-zero1": (2, "zero1"), "3-fsdp": (3, "fsdp")}
@@ -52,6 +52,7 @@ def stopped(config: Path, rank_server: Any) -> Path:
             case(folder / "adamw", engine),
             case(folder / "adamw-half", engine, stops=[4], ends=False),
             case(folder / "muon-half", engine, *MUON, stops=[4], ends=False),
+            case(folder / "dropout-half", engine, *DROPOUT, stops=[4], ends=False),
         ]
         Launcher(rank_server)(world_size, "train", config=str(config), cases=cases)
     return config.parent
@@ -121,3 +122,33 @@ def test_a_checkpoint_of_any_engine_goes_on_in_any_other(
         for one, other in zip(*moments, strict=True):
             assert one.shape == other.shape
             torch.testing.assert_close(one, other, rtol=far, atol=float(one.abs().max()) * far)
+
+
+@pytest.mark.parametrize("name", ["1", "2-ddp"])
+def test_a_checkpoint_from_before_there_were_ranks_goes_on(
+    ranks: Launcher, config: Path, stopped: Path, name: str
+) -> None:
+    """It has the random state of one process, and not a list of them."""
+    world_size, engine = ENGINES[name]
+    folder = stopped / f"early-to-{name}"
+    shutil.copytree(stopped / "1" / "dropout-half", folder)
+    newest = folder / "pretrain/checkpoints/step-00000004"
+    early = read_checkpoint(newest)
+    state_of_it = early.trainer_state()
+    (state_of_it["rng"],) = state_of_it["rng"]
+    tokenizer_json = early.tokenizer_path.read_text()
+    weights = {key: tensor.clone() for key, tensor in early.weights.items()}
+    shutil.rmtree(newest)
+    write_checkpoint(
+        newest, weights=weights, meta=early.meta, tokenizer_json=tokenizer_json,
+        trainer_state=state_of_it,
+    )  # fmt: skip
+    given = [case(folder, engine, *DROPOUT)]
+    ranks(world_size, "train", config=str(config), cases=given)
+    starts = rows(folder / "pretrain", "start")
+    assert [row["resumed_from"] for row in starts] == [None, "step-00000004"]
+    if name == "1":
+        whole = stopped / "1" / "dropout"
+        files = [at / "pretrain/final/model.safetensors" for at in (whole, folder)]
+        assert sha256_file(files[0]) == sha256_file(files[1])
+        assert rows(whole / "pretrain") == rows(folder / "pretrain")

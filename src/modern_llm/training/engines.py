@@ -255,8 +255,6 @@ class FullyShared(Engine):
         shared = all(isinstance(p, DTensor) for p in model.parameters())
         if not (isinstance(model, FSDPModule) and shared):
             raise ConfigError("training.distributed=fsdp was not applied to the whole model")
-        # Nobody changes logits in place, and each rank would say it.
-        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         return model
 
 
