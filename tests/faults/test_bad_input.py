@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from modern_llm.config import ModelConfig
 from modern_llm.models import ModernDecoderLM
 from modern_llm.models.weights import model_weights
 from modern_llm.registry import _REGISTRIES
+from modern_llm.runtime import names
 from modern_llm.runtime.artifacts import sha256_file, to_json
 from modern_llm.runtime.files import locked
 from modern_llm.training.checkpoint import read_checkpoint, write_checkpoint
@@ -780,6 +782,31 @@ def test_a_run_folder_that_is_in_use(
         told = refused("run", *tiny_run.arguments, code=2)
         assert f"in use by another run (pid {os.getpid()} on " in told
     assert {**contents(tiny_run.run), ".lock": b""} == {**before, ".lock": b""}
+
+
+def test_a_clock_that_was_set_back_loses_no_run(
+    make_tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A later run has an earlier time in its name; each config finds its own run again."""
+    command = ["run", "--config", str(make_tiny()), "--stage", "pretrain", "--no-report"]
+    other = [*command, "pretrain.training.lr=2e-3"]
+    assert main(command) == 0
+    assert main(other) == 0
+
+    class Yesterday(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> "datetime":
+            return datetime.now(tz) - timedelta(days=1)
+
+    monkeypatch.setattr(names, "datetime", Yesterday)
+    third = [*command, "pretrain.training.lr=3e-3"]
+    assert main(third) == 0
+    runs = sorted((tmp_path / "runs").iterdir())
+    assert len(runs) == 3 and runs[1].stat().st_mtime > runs[2].stat().st_mtime
+    before = {run: contents(run) for run in runs}
+    for again in (command, other, third):
+        assert main(again) == 0
+    assert {run: contents(run) for run in sorted((tmp_path / "runs").iterdir())} == before
 
 
 def test_two_runs_into_one_folder(refused: Refused, make_tiny: Make, tmp_path: Path) -> None:
