@@ -73,7 +73,8 @@ def test_a_rank_that_dies_or_raises_ends_the_others(
     codes = [7] * world_size
     codes[rank] = -signal.SIGKILL if do == "SIGKILL" else 1
     assert job.codes == codes, job.text
-    assert len(job.errors()) == 1, job.text
+    # Of two that are left, the second may find rank 0 gone, and not know that it told.
+    assert 1 <= len(job.errors()) <= world_size - 1, job.text
     told = job.errors()[0]
     other = next(i for i in range(world_size) if told.startswith(f"error: rank {i} of"))
     assert other != rank

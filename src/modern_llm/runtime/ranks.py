@@ -12,6 +12,7 @@ ends both waits at once.
 import json
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from modern_llm.runtime.artifacts import to_json
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=30)
+LINGER_S = 1.0
 NOTHING: dict[str, Any] = {}  # to be told
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 SRUN = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "MASTER_ADDR", "MASTER_PORT")
@@ -275,7 +277,12 @@ class Group:
             return True
         try:
             mine = str(self.ranks.rank)
-            return bool(self._store.compare_set("tells", "", mine).decode() == mine)
+            first = bool(self._store.compare_set("tells", "", mine).decode() == mine)
+            asked, until = self._store.add("asked", 1), time.monotonic() + LINGER_S
+            while self.leads and asked < self.world_size and time.monotonic() < until:
+                time.sleep(0.02)  # the store may be in this process: the others ask it too
+                asked = self._store.add("asked", 0)
+            return first
         except RuntimeError:  # the store was in a process that is gone, perhaps without a word
             return isinstance(error, PeerError)
 
