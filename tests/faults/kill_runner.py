@@ -29,6 +29,7 @@ from modern_llm.training import (
     newest_good,
     read_checkpoint,
     retention,
+    saving,
     trainer,
 )
 
@@ -87,7 +88,7 @@ def arm(point: str, nth: int) -> None:
     elif point == "after rename":
         os.rename = die_at(os.rename, nth, after=True)
     elif point == "before prune":
-        trainer.prune = die_at(trainer.prune, nth)
+        saving.prune = die_at(saving.prune, nth)
     elif point == "inside prune":
         retention.shutil.rmtree = die_at(retention.shutil.rmtree, 3 * nth)
     elif point == "log":

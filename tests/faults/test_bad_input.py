@@ -121,6 +121,7 @@ MISSPELT = {  # kind of each registry -> overrides, what is told
     "attention backend": (["model.attention_backend=manuall"], "'manuall'; did you mean 'manual'?"),
     "optimizer": (["training.optimizer=muonn"], "'muonn'; did you mean 'muon'?"),
     "schedule": (["training.schedule=wsdd"], "'wsdd'; did you mean 'wsd'?"),
+    "engine": (["training.distributed=ddpp"], "'ddpp'; did you mean 'ddp'?"),
     "data source": (["sft.data.0=alpacca"], "'alpacca'; did you mean 'alpaca'?"),
 }
 

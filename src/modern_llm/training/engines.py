@@ -307,9 +307,9 @@ def check_launch(name: str) -> None:
     """Refuse an engine that the launch does not fit.
 
     Raises:
-        ConfigError: several processes without an engine, or an engine without a launcher.
+        ConfigError: unknown engine, several processes without one, or one without a launcher.
     """
-    world = launched_ranks().world_size
+    name, world = ENGINES.resolve(name), launched_ranks().world_size
     if name == "none" and world > 1:
         raise ConfigError(
             f"{world} processes were started, but training.distributed=none is one process: each "
