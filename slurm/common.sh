@@ -165,8 +165,9 @@ lay_out() {
     [ "$threads" -gt 0 ] || threads=1
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads}
 
-    # A rank that ends first does not end the others, which may still be saving or scoring.
-    launch=(srun --kill-on-bad-exit=0 --wait=0 --nodes="$nodes")
+    # A rank that ends first does not end the others, which may still be saving; one that hangs is
+    # ended some minutes later.
+    launch=(srun --kill-on-bad-exit=0 --wait=300 --nodes="$nodes")
     [ "$TASKS" != "$((nodes * per_node))" ] || launch+=(--ntasks-per-node="$per_node")
     [ "$per_node" -le "$SLURM_CPUS_ON_NODE" ] || launch+=(--overcommit)
     if [ "${command[0]}" = experiment ]; then
