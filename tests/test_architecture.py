@@ -46,6 +46,7 @@ DOORS = {  # library -> the modules (or packages) that may import it
     "evaluate": ("evaluation/text_metrics", "evaluation/metrics"),
     "huggingface_hub": ("data/sources", "evaluation/baselines", "interop"),
     "matplotlib": ("reporting/plots",),
+    "packaging": ("runtime/environment",),
     "pandas": ("experiments/compare",),
     "pyarrow": ("data/sources",),
     "pydantic": ("config",),

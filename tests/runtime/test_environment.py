@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from modern_llm.errors import ConfigError
 from modern_llm.runtime import environment as module
-from modern_llm.runtime.environment import environment, utc_now
+from modern_llm.runtime.environment import check_versions, environment, utc_now
 
 CANARY = "canary-7f3a91"
 SECRETS = {
@@ -64,3 +65,27 @@ def test_what_is_not_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     facts = environment()
     assert facts["git_commit"] is facts["versions"]["no-such-package"] is None
     assert facts["hardware"]["cpu"]
+
+
+def test_packages_that_are_too_old_or_missing_are_told_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    check_versions()  # those of this machine will do
+    needed = ["torch>=2.10", "numpy>=1.26", "no-such-thing>=1", 'ruff>=99; extra == "dev"']
+    monkeypatch.setattr(module, "requires", lambda name: needed)
+    here = {"torch": "2.9.1+cu128", "numpy": "2.0.0rc1"}
+    monkeypatch.setattr(module, "_version", here.get)
+    with pytest.raises(ConfigError) as told:
+        check_versions()
+    assert str(told.value) == (
+        "torch>=2.10 is needed, here is 2.9.1+cu128; no-such-thing>=1 is needed, here is none: "
+        "pip install -r requirements.txt"
+    )
+
+
+def test_a_copy_that_was_not_installed_is_not_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(name: str) -> None:
+        raise module.PackageNotFoundError(name)
+
+    monkeypatch.setattr(module, "requires", unknown)
+    check_versions()

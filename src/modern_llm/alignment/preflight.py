@@ -34,6 +34,7 @@ from modern_llm.models.norms import NORMS
 from modern_llm.models.positions import POSITIONS
 from modern_llm.runtime.artifacts import sha256_file
 from modern_llm.runtime.devices import check_precision, resolve_device
+from modern_llm.runtime.environment import check_versions
 from modern_llm.runtime.logs import check_trackers
 from modern_llm.runtime.ranks import Ranks, group
 from modern_llm.training.checkpoint import MANIFEST, META, read_checkpoint, verify_checkpoint
@@ -168,6 +169,7 @@ class Preflight:
         for registry, part in ((NORMS, model.norm), (POSITIONS, model.position), (FFNS, model.ffn)):
             yield partial(registry.check, part.name, part.options)
         yield partial(ACTIVATIONS.resolve, model.activation)
+        yield check_versions
         yield lambda: self.cost
         for stage in self.trained:
             training = self.config.stage(stage).training

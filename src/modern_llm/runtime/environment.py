@@ -4,11 +4,14 @@ import os
 import platform
 import subprocess
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from packaging.requirements import Requirement
+
+from modern_llm.errors import ConfigError
 
 PACKAGES = (
     "torch", "transformers", "datasets", "tokenizers", "accelerate", "evaluate", "safetensors",
@@ -32,6 +35,28 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def check_versions() -> None:
+    """Refuse packages other than this one is made for, such as those of a cluster's own Python.
+
+    A copy that was not installed does not say what it needs, and is not checked.
+
+    Raises:
+        ConfigError: names each package, what is here and what is needed.
+    """
+    try:
+        needed = [Requirement(text) for text in requires("modern_llm") or []]
+    except PackageNotFoundError:
+        return
+    problems = []
+    for need in needed:
+        here = _version(need.name)
+        optional = need.marker is not None
+        if not optional and (here is None or not need.specifier.contains(here, prereleases=True)):
+            problems.append(f"{need.name}{need.specifier} is needed, here is {here or 'none'}")
+    if problems:
+        raise ConfigError(f"{'; '.join(problems)}: pip install -r requirements.txt")
 
 
 def cpu_name() -> str:
