@@ -184,6 +184,7 @@ lay_out() {
     srun) launch+=(--ntasks="$TASKS" --cpus-per-task="$threads" "$python") ;;
     torchrun)
         [ "$TASKS" = "$((nodes * per_node))" ] || fail 2 "LAUNCHER=torchrun: $TASKS tasks on $nodes nodes are not equally many on each"
+        export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-170} # seconds to save in
         launch+=(--ntasks="$nodes" --ntasks-per-node=1 --cpus-per-task="$((threads * per_node))" "$python"
             -m torch.distributed.run --nnodes="$nodes" --nproc-per-node="$per_node" --max-restarts=0
             --signals-to-handle="$SIGNALS")
@@ -212,7 +213,8 @@ follow() {
     newest=$(last checkpoint)
     if [ -z "$newest" ]; then
         [ ! -e "$folder/final" ] || return 0
-        newest=$(find "$folder/checkpoints" -maxdepth 1 -name 'step-*' 2>/dev/null | sort | tail -n 1)
+        newest=$(find "$folder/checkpoints" -maxdepth 1 -name 'step-*' 2>/dev/null |
+            grep -E '/step-[0-9]{8,}$' | sort | tail -n 1) || true # others were set aside as damaged
         [ -n "$newest" ] || return 0 # the check tells what is missing
         record "checkpoint $newest"
     fi
@@ -224,7 +226,7 @@ follow() {
 progress() {
     local found
     # Others may remove what they no longer need meanwhile.
-    found=$(cd "$runs" && find . -path "./$RUN_NAME*" \
+    found=$(cd "$runs" && find . \( -path "./$RUN_NAME/*" -o -path "./${RUN_NAME}_[0-9]*-[0-9]*/*" \) \
         \( -path '*/checkpoints/step-*' -o -name 'samples-*.jsonl' -o -name result.json \) 2>/dev/null) || true
     sort <<<"$found" | cksum
 }

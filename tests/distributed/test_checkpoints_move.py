@@ -152,3 +152,37 @@ def test_a_checkpoint_from_before_there_were_ranks_goes_on(
         files = [at / "pretrain/final/model.safetensors" for at in (whole, folder)]
         assert sha256_file(files[0]) == sha256_file(files[1])
         assert rows(whole / "pretrain") == rows(folder / "pretrain")
+
+
+def assert_same_bits(one: Path, other: Path) -> None:
+    name = f"pretrain/checkpoints/step-{STEPS:08d}"
+    last = [read_checkpoint(run / name) for run in (one, other)]
+    for name, tensor in last[0].weights.items():
+        assert torch.equal(tensor, last[1].weights[name]), name
+    for mine, theirs in zip(*(tensors(at.trainer_state()) for at in last), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_three_ranks_go_on_to_the_bit(config: Path, ranks: Launcher) -> None:
+    """From three on, the order of a sum depends on where in a message a gradient lies."""
+    folder = config.parent / "three"
+    cases = [
+        case(folder / f"{engine}{name}", engine, **options)
+        for engine in ("ddp", "zero1", "fsdp")
+        for name, options in (("", {}), ("-stopped", {"stops": [1, 4]}))
+    ]
+    ranks(3, "train", config=str(config), cases=cases)
+    for engine in ("ddp", "zero1", "fsdp"):
+        assert_same_bits(folder / engine, folder / f"{engine}-stopped")
+
+
+def test_a_start_that_begins_with_a_sample_goes_on(config: Path, ranks: Launcher) -> None:
+    """The stop at step 4 leaves the sample of that step, which the next start draws first."""
+    folder = config.parent / "sampled"
+    often = ["training.sample_every=4", "training.eval_every=0"]
+    cases = [
+        case(folder / "whole", "fsdp", *often),
+        case(folder / "cut", "fsdp", *often, stops=[4]),
+    ]
+    ranks(2, "train", config=str(config), cases=cases)
+    assert_same_bits(folder / "whole", folder / "cut")

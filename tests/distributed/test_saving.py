@@ -194,3 +194,18 @@ def test_a_job_of_one_rank(ranks: Launcher, config: Path, engine: str) -> None:
     one, other = (config.parent / "runs" / name / "pretrain" for name in ("alone", f"one-{engine}"))
     for mine, theirs in zip(rows(one), rows(other), strict=True):
         assert theirs["loss"] == pytest.approx(mine["loss"], rel=1e-5)
+
+
+def test_the_copy_of_an_only_part_is_apart(ranks: Launcher, config: Path) -> None:
+    """Of one rank the whole tensor is that rank's part itself, which trains on."""
+    ranks.command(1, *arguments(config, "fsdp", "only")).succeeds()
+    stage = config.parent / "runs" / "only-blocked" / "pretrain"
+    block = {"at": "training.saving:write_checkpoint", "rank": 0, "do": "block", "nth": 4}
+    job = ranks.command(1, *arguments(config, "fsdp", "only-blocked"), faults=[block])
+    job.wait_for((stage / "blocked").exists)  # step 8
+    job.wait_for(lambda: rows(stage, "train")[-1]["step"] == STEPS)
+    (stage / "release").touch()
+    job.succeeds()
+    whole = config.parent / "runs" / "only" / "pretrain"
+    file = "checkpoints/step-00000008/model.safetensors"
+    assert sha256_file(whole / file) == sha256_file(stage / file)

@@ -291,10 +291,11 @@ class Preflight:
         if refused:
             raise ProtectedPathError("; ".join(refused) + "; give another --output-dir")
         free_gb = shutil.disk_usage(_nearest(paths.output)).free / 1e9
-        if self.trained and free_gb < self.disk_gb():
+        needed_gb = self.disk_gb() - (0.0 if self.replace else _held_gb(self._run))
+        if self.trained and free_gb < needed_gb:
             raise ProtectedPathError(
                 f"{paths.output}: {free_gb:.3g} GB free, the checkpoints take up to "
-                f"{self.disk_gb():.3g} GB; free space or give another --output-dir"
+                f"{needed_gb:.3g} GB; free space or give another --output-dir"
             )
 
 
@@ -315,6 +316,11 @@ def sources_of(
             yield tasks.reasoning.source, tasks.reasoning.split, ("problems",)
         if tasks.preference:
             yield tasks.preference.source, tasks.preference.split, ("pairs",)
+
+
+def _held_gb(run: Path) -> float:
+    """What a run that stands takes already."""
+    return sum(path.stat().st_size for path in run.rglob("*") if path.is_file()) / 1e9
 
 
 def _nearest(path: Path) -> Path:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from modern_llm import __version__
 from modern_llm.cli import experiments, listing, models, pipeline, sinks
-from modern_llm.errors import ModernLLMError
+from modern_llm.errors import ModernLLMError, PeerError
 from modern_llm.registry import load_plugin
 
 EXIT_CODES = """exit codes:
@@ -110,10 +110,12 @@ def _guarded(execute: Callable[[argparse.Namespace], int], args: argparse.Namesp
         print(told, file=sys.stderr)
     except BrokenPipeError:  # the reader of our output, such as head, is gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    if tells and (path := os.environ.get("MODERN_LLM_STATUS_FILE")):
+    status = Path(os.environ.get("MODERN_LLM_STATUS_FILE", ""))
+    late = code == PeerError.exit_code and status.exists()  # a rank that failed has told why
+    if tells and status.name and not late:
         from modern_llm.runtime.artifacts import write_status
 
-        write_status(Path(path), {"exit_code": code, "reason": reason})
+        write_status(status, {"exit_code": code, "reason": reason})
     return code
 
 

@@ -198,9 +198,9 @@ def build_from_batches(
             writer.write(batches(writer.after))
             facts = {"key": full, "pad_id": pad_id, "sources": sources}
             writer.finish(facts, dropped=counts.dropped, what=what)
-        except BaseException as error:
-            if isinstance(error, DataError) or not (writer and writer.shards):
-                shutil.rmtree(partial, ignore_errors=True)  # else its shards are gone on with
+        except BaseException:
+            if not (writer and writer.shards):  # else those are gone on with
+                shutil.rmtree(partial, ignore_errors=True)
             raise
         os.rename(partial, folder)
         clear_records(folder, len(writer.shards))

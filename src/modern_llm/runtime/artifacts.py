@@ -279,7 +279,8 @@ class JsonLines:
     def _repair(self) -> None:
         whole = 0
         with io_told(self.path), self.path.open("r+b" if self.writes else "rb") as file:
-            lock_file(file, self.path)  # nobody appends between reading and cutting
+            if self.writes:
+                lock_file(file, self.path)  # nobody appends between reading and cutting
             for number, line in enumerate(file, start=1):
                 if not line.endswith(b"\n"):
                     if self.writes:

@@ -116,7 +116,10 @@ class DataParallel(Engine):
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model, its gradients averaged over the ranks in its backward."""
-        return _DataParallel(model, gradient_as_bucket_view=True)
+        # Looking for unused parameters keeps the first layout of buckets: else it changes after the
+        # first backward of a start, and with it the order of sums, so that no restart is bit-exact.
+        warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
+        return _DataParallel(model, gradient_as_bucket_view=True, find_unused_parameters=True)
 
     def accumulating(self, wrapped: nn.Module) -> AbstractContextManager[Any]:
         """Without the exchange of gradients."""
@@ -224,6 +227,7 @@ class FullyShared(Engine):
     def generating(self, model: nn.Module) -> Iterator[None]:
         """What is around the blocks is put together; they do that themselves."""
         assert isinstance(model, FSDPModule)
+        model._get_fsdp_state()._lazy_init()  # else a block that computes first becomes the root
         model.unshard()
         try:
             yield
@@ -241,10 +245,10 @@ class FullyShared(Engine):
             return init_device_mesh(self.device.type, (world,))
         locals_ = [int(row[0]) for row in group().gather([group().ranks.local_rank])]
         nodes = locals_.count(0)
-        if sorted(locals_) != sorted([*range(world // nodes)] * nodes):
+        if locals_ != [*range(world // nodes)] * nodes:
             raise ConfigError(
-                f"training.distributed: sharding=hybrid needs as many ranks on every machine, "
-                f"here their local ranks are {locals_}; use sharding=full"
+                "training.distributed: sharding=hybrid needs as many ranks on every machine, those "
+                f"of one in a row; here their local ranks are {locals_}; use sharding=full"
             )
         return init_device_mesh(
             self.device.type, (nodes, world // nodes), mesh_dim_names=("copies", "parts")
@@ -277,8 +281,8 @@ def _on_leader(x: Tensor, *, copy: bool) -> Tensor:
     full = whole(x)
     if not group().leads:
         return torch.empty(0)
-    if full is not x:
-        return full.cpu()
+    if full is not x:  # of a single part the whole is that part itself
+        return full.detach().to("cpu", copy=copy)
     return x.detach().to("cpu", copy=True) if copy else x
 
 

@@ -11,7 +11,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from modern_llm.errors import ModernLLMError
 from modern_llm.runtime.logs import get_logger
 from modern_llm.runtime.ranks import group
 from modern_llm.training.checkpoint import check_finite, write_checkpoint
@@ -114,5 +113,5 @@ class Saver:
             writing, self._writing = self._writing, None
             try:
                 self._published(writing.result())
-            except ModernLLMError as error:
-                log.warning("%s", error)
+            except Exception as error:
+                log.warning("the checkpoint of step %s is not saved: %s", self.step, error)
