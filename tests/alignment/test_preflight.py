@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 from collections import namedtuple
 from collections.abc import Callable
@@ -175,6 +176,20 @@ def test_a_full_disk_is_told_before_training(
     assert "GB free, the checkpoints take up to" in told(place())
     assert problems(place(), stage="eval") != []  # nothing to evaluate, but no word of the disk
     assert "GB free" not in told(place(), stage="eval")
+
+
+def test_what_a_run_has_written_is_not_asked_for_again(
+    place: Places, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 10**5))
+    here = place()
+    run = load_config(here.config).paths.output / "tiny"
+    run.mkdir(parents=True)
+    assert "GB free" in told(here)
+    (run / "large").write_bytes(b"")
+    os.truncate(run / "large", 10**9)
+    assert "GB free" not in told(here)
 
 
 # --- the plan

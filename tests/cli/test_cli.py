@@ -55,6 +55,33 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> list[PipelineConfig]:
     return seen
 
 
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (errors.ConfigError("wrong"), {"exit_code": 2, "reason": "wrong"}),
+        (errors.PeerError("lost"), {"exit_code": 7, "reason": "lost"}),
+        (None, {"exit_code": 0, "reason": "done"}),
+    ],
+)
+def test_a_status_file_has_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception | None, told: dict[str, Any]
+) -> None:
+    """Rank 0's own failure stays there when another rank finds it gone afterwards."""
+    path = tmp_path / "status" / "run.json"
+    monkeypatch.setenv("MODERN_LLM_STATUS_FILE", str(path))
+
+    def run(self: AlignmentPipeline, stage: str = "all", **_: Any) -> None:
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(AlignmentPipeline, "run", run)
+    assert main(["run", "--no-report"]) == told["exit_code"]
+    assert json.loads(path.read_text()) == told
+    error = errors.PeerError("later")
+    assert main(["run", "--no-report"]) == 7
+    assert json.loads(path.read_text()) == told
+
+
 # --- commands that only tell --------------------------------------------------------------------
 
 

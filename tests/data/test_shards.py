@@ -22,8 +22,10 @@ from modern_llm.data.making import Making, making
 from modern_llm.data.prepare import instruct_store, pair_store, text_store
 from modern_llm.data.shards import MAX_MAPPED
 from modern_llm.data.sources import Source, open_source
-from modern_llm.data.store import TokenStore, build_store
+from modern_llm.data.store import TokenStore, build_from_batches, build_store
 from modern_llm.data.tokenizer import Tokenizer
+from modern_llm.data.writer import encoded
+from modern_llm.errors import DataError
 from modern_llm.runtime.artifacts import sha256_json
 
 SIZES: dict[str, Any] = {"batch_size": 6, "micro_batch_size": 3, "seed": 4}
@@ -128,6 +130,8 @@ SCRIPT = textwrap.dedent("""
     from modern_llm.data.prepare import text_store
     from modern_llm.data.sources import open_source
     from modern_llm.data.tokenizer import Tokenizer
+from modern_llm.data.writer import encoded
+from modern_llm.errors import DataError
 
     def audit(event, args):
         if event == "open" and isinstance(args[1], str) and "w" in args[1]:
@@ -237,6 +241,26 @@ def test_a_killed_preparation_goes_on_behind_its_whole_shards(
 
 
 @pytest.mark.slow
+def test_an_error_of_the_data_keeps_the_shards_that_are_whole(tmp_path: Path) -> None:
+    """Such as a process that encodes and was killed, or a file that could not be read once."""
+    seen: list[int] = []
+
+    def batches(after: int, *, breaks: bool) -> Iterator[Any]:
+        seen.append(after or 0)
+        for i in range(after or 0, 10):
+            if breaks and i == 7:
+                raise DataError("a process that encodes was killed")
+            yield encoded([(list(range(50)),)] * 4, np.uint16, 1, i + 1)
+
+    options: Any = {"segments": ("text",), "key": {"what": "x"}, "n_vocab": 100, "pad_id": 0}
+    with making(Making(shard_tokens=300)):
+        with pytest.raises(DataError, match="was killed"):
+            build_from_batches(tmp_path, batches=lambda a: batches(a, breaks=True), **options)
+        store = build_from_batches(tmp_path, batches=lambda a: batches(a, breaks=False), **options)
+    assert len(store) == 40 and store.n_tokens == 2000
+    assert seen[0] == 0 and seen[1] >= 4
+
+
 def test_a_damaged_shard_of_a_stopped_preparation_is_made_again(tmp_path: Path, start: Any) -> None:
     expected = result(start(tmp_path / "whole"))
     folder = tmp_path / "killed"

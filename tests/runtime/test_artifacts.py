@@ -452,6 +452,26 @@ def test_without_locks_it_goes_on_and_says_so_once(
     assert [row["step"] for row in rows(tmp_path / "m.jsonl")] == [1, 2]
 
 
+def test_who_only_reads_a_log_locks_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS refuses an exclusive lock of a file that is open for reading alone."""
+    path = tmp_path / "m.jsonl"
+    JsonLines(path).append({"kind": "train", "step": 3})
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"kind": "tr')
+
+    def flock(*_: Any) -> None:
+        raise OSError(errno.EBADF, "Bad file descriptor")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    log = JsonLines(path, writes=False)
+    assert log.has("train", 3)
+    assert not log.append({"kind": "train", "step": 4})
+    assert log.has("train", 4)
+    assert path.read_bytes() == whole + b'{"kind": "tr'
+
+
 # --- logs ---------------------------------------------------------------------------------------
 
 
