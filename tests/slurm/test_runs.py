@@ -75,6 +75,40 @@ def test_every_script_trains_the_same_weights_however_it_is_stopped(
         assert (out / name / "eval" / "result.json").is_file()
 
 
+PACED = """
+import os, time
+from modern_llm.training.schedule import SCHEDULES
+
+@SCHEDULES.register("paced")
+def paced(progress: float, floor: float) -> float:
+    time.sleep(float(os.environ["PACE_S"]))
+    return 1.0
+"""
+
+
+def test_a_job_out_of_time_goes_on_in_its_next_start(
+    cluster: Any, variables: dict[str, str], tmp_path: Path
+) -> None:
+    """A minute is the shortest limit that there is; the steps take longer than that together."""
+    plugin = tmp_path / "paced.py"
+    plugin.write_text(PACED)
+    words = ("pretrain.training.schedule=paced", "pretrain.training.max_steps=50")
+    words += ("pretrain.training.warmup=0", f"--plugin={plugin}")
+    jobs = {}
+    for name, pace_s, limit in (("hurried", "0", "5"), ("limited", "1.2", "1")):
+        jobs[name] = cluster.submit(
+            "submit_pretrain_only.sh", *words, flags=(*TWO, f"--time={limit}", "--signal=USR1@20"),
+            **variables, RUN_NAME=name, PACE_S=pace_s,
+        )  # fmt: skip
+    for name, job in jobs.items():
+        ended = cluster.ended(job, timeout_s=240)
+        assert (ended.state, ended.code) == ("COMPLETED", 0), cluster.log(job)
+        assert ended.restarts >= (1 if name == "limited" else 0), cluster.log(job)
+    assert "stopped by a signal after saving" in cluster.log(jobs["limited"])
+    out = Path(variables["OUTPUT_DIR"])
+    assert weights(out / "limited", "pretrain") == weights(out / "hurried", "pretrain")
+
+
 @pytest.mark.parametrize(
     ("word", "code", "message"),
     [
