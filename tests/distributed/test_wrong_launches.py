@@ -51,6 +51,10 @@ CASES: dict[str, tuple[int, list[str], dict[str, str], tuple[str, ...]]] = {
     "an engine without a launcher": (
         0, ["training.distributed=ddp"], {}, ("training.distributed=ddp needs a launcher",),
     ),
+    "one GPU for all": (
+        2, ["training.distributed=ddp", "training.device=cuda:1"], {},
+        ("training.device=cuda:1 is one GPU for 2 processes",),
+    ),
     "no port": (
         2, ["training.distributed=ddp"], {"MASTER_PORT": ""}, ("MASTER_PORT is not set",),
     ),

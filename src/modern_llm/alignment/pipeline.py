@@ -92,7 +92,8 @@ class AlignmentPipeline:
             ModernLLMError: any mistake of the user's; see `modern_llm.errors`.
         """
         for name in set(self._stages(stage)) & set(TRAINED_STAGES):
-            check_launch(self.config.stage(name).training.distributed.name)
+            training = self.config.stage(name).training
+            check_launch(training.distributed.name, training.device)
         self.preflight(stage, checkpoint=checkpoint).raise_problems()
         run = self._claim_folder()
         if run is None:

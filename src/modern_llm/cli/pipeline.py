@@ -15,7 +15,7 @@ from modern_llm.cli.arguments import (
     count,
     duration_s,
 )
-from modern_llm.config import PARTS, STAGES, PipelineConfig, load_config
+from modern_llm.config import PARTS, STAGES, TRAINED_STAGES, PipelineConfig, load_config
 from modern_llm.config.loading import Rewrite
 from modern_llm.errors import ConfigError
 from modern_llm.runtime.artifacts import Policy
@@ -92,7 +92,9 @@ def run(args: argparse.Namespace, *, rewrite: Rewrite | None = None) -> int:
         return print_plan(config, preflight, machine, limit_s=args.time_limit)
     if args.elsewhere or args.ranks is not None or args.time_limit is not None:
         raise ConfigError("--elsewhere, --ranks and --time-limit belong to --dry-run")
-    with joined(launched_ranks(), timeout_s=config.rank_timeout_s) as group, stop_at_once():
+    on_gpu = any(config.stage(name).training.device != "cpu" for name in TRAINED_STAGES)
+    together = joined(launched_ranks(), timeout_s=config.rank_timeout_s, on_gpu=on_gpu)
+    with together as group, stop_at_once():
         if not group.leads:
             pipeline.follow()
             return 0

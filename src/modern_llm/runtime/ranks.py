@@ -327,14 +327,16 @@ def group() -> Group:
 
 
 @contextmanager
-def joined(ranks: Ranks, *, timeout_s: float) -> Iterator[Group]:
+def joined(ranks: Ranks, *, timeout_s: float, on_gpu: bool = True) -> Iterator[Group]:
     """Join the group of all ranks, and leave it at the end.
 
     Args:
         ranks: as the launcher says; see `launched_ranks`.
         timeout_s: longest wait for the others inside a training step, and for them to come.
+        on_gpu: each rank takes a GPU of its own where there are any.
 
     Raises:
+        ConfigError: this machine has fewer GPUs than ranks.
         PeerError: the others did not come in time.
     """
     global _group
@@ -344,7 +346,7 @@ def joined(ranks: Ranks, *, timeout_s: float) -> Iterator[Group]:
     limit = timedelta(seconds=timeout_s)
     store, start = None, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # one store for all
     try:
-        if torch.cuda.is_available():
+        if on_gpu and torch.cuda.is_available():
             torch.cuda.set_device(own_gpu(ranks))
         store, rank, world_size = next(
             rendezvous(f"env://?rank={ranks.rank}&world_size={ranks.world_size}", timeout=limit)

@@ -307,11 +307,16 @@ def _like_parameter(parameter: nn.Parameter, moments: Mapping[str, Any]) -> dict
     }
 
 
-def check_launch(name: str) -> None:
-    """Refuse an engine that the launch does not fit.
+def check_launch(name: str, device: str) -> None:
+    """Refuse an engine or a device that the launch does not fit.
+
+    Args:
+        name: of the engine.
+        device: as the config has it.
 
     Raises:
-        ConfigError: unknown engine, several processes without one, or one without a launcher.
+        ConfigError: unknown engine, several processes without one, one without a launcher, or one
+            GPU for several processes.
     """
     name, world = ENGINES.resolve(name), launched_ranks().world_size
     if name == "none" and world > 1:
@@ -324,4 +329,9 @@ def check_launch(name: str) -> None:
         raise ConfigError(
             f"training.distributed={name} needs a launcher: torchrun --nproc-per-node=N -m "
             "modern_llm run ..., or slurm/; or give training.distributed=none"
+        )
+    if world > 1 and ":" in device:
+        raise ConfigError(
+            f"training.device={device} is one GPU for {world} processes; give training.device="
+            f"{device.partition(':')[0]}, and each takes its own"
         )
