@@ -76,9 +76,14 @@ def check_sizes(batch_size: int, micro_batch_size: int, ranks: Ranks) -> None:
     per_step = micro_batch_size * ranks.world_size
     if batch_size % per_step:
         near = max(per_step, round(batch_size / per_step) * per_step)
+        own = batch_size // ranks.world_size
+        way_out = f"use batch_size={near}, for example"
+        if own * ranks.world_size == batch_size:  # the training need not change
+            fits = max(m for m in range(1, min(own, micro_batch_size) + 1) if own % m == 0)
+            way_out = f"use micro_batch_size={fits}, or batch_size={near}"
         raise ConfigError(
             f"training.batch_size={batch_size} is not a multiple of micro_batch_size x ranks = "
-            f"{micro_batch_size} x {ranks.world_size}; use batch_size={near}, for example"
+            f"{micro_batch_size} x {ranks.world_size}; {way_out}"
         )
 
 
