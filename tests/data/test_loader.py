@@ -379,7 +379,8 @@ def test_every_row_once_an_epoch(stores: Stores, name: str, batch_size: int, see
 
 @pytest.mark.parametrize("name", NAMES)
 def test_batches_that_do_not_divide(stores: Stores, name: str) -> None:
-    with pytest.raises(ConfigError, match=r"batch_size=10 .* 3 x 2; use micro_batch_size=1, or batch_size=12"):
+    told = r"batch_size=10 .* 3 x 2; use micro_batch_size=1, or batch_size=12"
+    with pytest.raises(ConfigError, match=told):
         loaders(stores)[name](batch_size=10, micro_batch_size=3, seed=0, ranks=Ranks(0, 0, 2))
 
 
