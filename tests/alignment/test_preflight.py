@@ -268,8 +268,9 @@ def test_elsewhere_leaves_devices_out_and_nothing_else(place: Places) -> None:
 def test_batches_are_checked_for_the_ranks_that_will_be(place: Places) -> None:
     assert "not a multiple" not in told(place(), ranks=1)
     assert "not a multiple" not in told(place(), "training.micro_batch_size=2", ranks=2)
-    assert "batch_size=4 is not a multiple of micro_batch_size x ranks = 2 x 3; use batch_size=6" in told(
-        place(), "training.micro_batch_size=2", ranks=3
+    assert (
+        "batch_size=4 is not a multiple of micro_batch_size x ranks = 2 x 3; use batch_size=6"
+        in told(place(), "training.micro_batch_size=2", ranks=3)
     )
 
 
