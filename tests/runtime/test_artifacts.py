@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import re
+import shutil
 import signal
 import stat
 import subprocess
@@ -30,7 +31,7 @@ from modern_llm.runtime.artifacts import (
     write_json,
     write_text,
 )
-from modern_llm.runtime.files import locked
+from modern_llm.runtime.files import free_bytes, locked
 from modern_llm.runtime.names import sibling_names, standing_siblings
 
 STAMPED = re.compile(r"result_\d{8}-\d{6}(-\d+)?\.json")
@@ -540,3 +541,29 @@ def test_a_log_on_a_full_disk_is_told(make_disk: MakeDisk) -> None:
     again = JsonLines(log.path)  # what was torn is repaired, what stood stands
     assert not again.append({"kind": "train", "step": 1})
     assert rows(log.path) == [{"kind": "train", "step": 1}]
+
+
+# --- room ---------------------------------------------------------------------------------------
+
+QUOTA = """Disk quotas for user somebody (uid 1000):
+     Filesystem  blocks   quota   limit   grace   files   quota   limit   grace
+/dev/sda1          {used}       0  {limit}       0       7       0       0       0
+"""
+
+
+@pytest.mark.parametrize(
+    ("used", "limit", "left"),
+    [("900", "1000", 100 * 1024), ("1200*", "1000", 0), ("900", "0", None), ("none", "", None)],
+)
+def test_room_is_that_of_disk_and_quota(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, used: str, limit: str, left: int | None
+) -> None:
+    program = tmp_path / "quota"
+    told = QUOTA.format(used=used, limit=limit)
+    program.write_text(f"#!/bin/sh\ncat <<'END'\n{told}END\n")
+    program.chmod(0o755)
+    disk = shutil.disk_usage(tmp_path).free
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert free_bytes(tmp_path) == pytest.approx(disk if left is None else left, rel=0.1)
+    program.write_text("#!/bin/sh\nexit 1\n")
+    assert free_bytes(tmp_path) == pytest.approx(disk, rel=0.1)

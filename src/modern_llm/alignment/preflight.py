@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -35,6 +34,7 @@ from modern_llm.models.positions import POSITIONS
 from modern_llm.runtime.artifacts import sha256_file
 from modern_llm.runtime.devices import check_precision, resolve_device
 from modern_llm.runtime.environment import check_versions
+from modern_llm.runtime.files import free_bytes
 from modern_llm.runtime.logs import check_trackers
 from modern_llm.runtime.ranks import Ranks, group
 from modern_llm.training.checkpoint import MANIFEST, META, read_checkpoint, verify_checkpoint
@@ -290,7 +290,7 @@ class Preflight:
                 refused.append(f"{folder} cannot be written, {path} is to be there")
         if refused:
             raise ProtectedPathError("; ".join(refused) + "; give another --output-dir")
-        free_gb = shutil.disk_usage(_nearest(paths.output)).free / 1e9
+        free_gb = free_bytes(_nearest(paths.output)) / 1e9
         needed_gb = self.disk_gb() - (0.0 if self.replace else _held_gb(self._run))
         if self.trained and free_gb < needed_gb:
             raise ProtectedPathError(

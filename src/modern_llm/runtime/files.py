@@ -3,7 +3,9 @@
 import errno
 import fcntl
 import os
+import shutil
 import socket
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -14,6 +16,33 @@ from modern_llm.errors import ConfigError, ProtectedPathError
 
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)
 FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def free_bytes(folder: Path) -> int:
+    """What can still be written below a folder: by its disk, and by the user's quota there.
+
+    The quota is what the ``quota`` program tells, where there is one; a file system that counts by
+    folder tells its own as the size of the disk.
+    """
+    free = shutil.disk_usage(folder).free
+    program = shutil.which("quota")
+    if program is None:
+        return free
+    mount = next(place for place in (folder, *folder.parents) if os.path.ismount(place))
+    try:
+        done = subprocess.run(
+            [program, "--raw-grace", "--no-wrap", f"--filesystem={mount}"],
+            capture_output=True, text=True, timeout=10,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return free
+    for line in done.stdout.splitlines():
+        # Filesystem, blocks of 1 KiB in use (* beyond the soft limit), soft and hard limit; 0: none
+        words = line.split()[1:4]
+        used, *limits = (word.rstrip("*") for word in words) if len(words) == 3 else ("",)
+        if used.isdecimal() and all(limit.isdecimal() for limit in limits) and int(limits[1]):
+            free = min(free, max(0, int(limits[1]) - int(used)) * 1024)
+    return free
 
 
 @contextmanager
