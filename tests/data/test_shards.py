@@ -130,8 +130,6 @@ SCRIPT = textwrap.dedent("""
     from modern_llm.data.prepare import text_store
     from modern_llm.data.sources import open_source
     from modern_llm.data.tokenizer import Tokenizer
-from modern_llm.data.writer import encoded
-from modern_llm.errors import DataError
 
     def audit(event, args):
         if event == "open" and isinstance(args[1], str) and "w" in args[1]:
@@ -240,7 +238,6 @@ def test_a_killed_preparation_goes_on_behind_its_whole_shards(
     assert sorted(p.name for p in store.iterdir()) == sorted([*names, "manifest.json"])
 
 
-@pytest.mark.slow
 def test_an_error_of_the_data_keeps_the_shards_that_are_whole(tmp_path: Path) -> None:
     """Such as a process that encodes and was killed, or a file that could not be read once."""
     seen: list[int] = []
@@ -261,6 +258,7 @@ def test_an_error_of_the_data_keeps_the_shards_that_are_whole(tmp_path: Path) ->
     assert seen[0] == 0 and seen[1] >= 4
 
 
+@pytest.mark.slow
 def test_a_damaged_shard_of_a_stopped_preparation_is_made_again(tmp_path: Path, start: Any) -> None:
     expected = result(start(tmp_path / "whole"))
     folder = tmp_path / "killed"

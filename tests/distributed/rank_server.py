@@ -15,6 +15,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # as the command line sets it for ranks
+
 import torch
 import torch._dynamo  # every optimizer imports it; here it is imported once
 

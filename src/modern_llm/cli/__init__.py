@@ -154,6 +154,8 @@ def script(command: str, argv: Sequence[str] | None = None, *, prog: str | None 
     args.flags, args.command = flags, [command, *argv]
     # Threads that spin while they wait make small steps many times slower on a shared machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is imported
+    if "RANK" in os.environ or "SLURM_STEP_NUM_TASKS" in os.environ:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # each rank would print its warnings
 
     def execute(args: argparse.Namespace) -> int:
         for plugin in args.plugin:

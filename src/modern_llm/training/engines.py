@@ -118,7 +118,6 @@ class DataParallel(Engine):
         """The model, its gradients averaged over the ranks in its backward."""
         # Looking for unused parameters keeps the first layout of buckets: else it changes after the
         # first backward of a start, and with it the order of sums, so that no restart is bit-exact.
-        warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
         return _DataParallel(model, gradient_as_bucket_view=True, find_unused_parameters=True)
 
     def accumulating(self, wrapped: nn.Module) -> AbstractContextManager[Any]:
