@@ -209,6 +209,27 @@ def test_the_best_checkpoint_is_kept_though_it_was_saved_before_its_evaluation(
     assert kept[0] == "step-00000004"
 
 
+def test_a_signal_while_a_checkpoint_is_begun_is_answered_after_the_next_step(
+    make_trainer: Trainers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is being written is published and told before the stop is."""
+    folder = tmp_path / "pretrain"
+    trainer = make_trainer(folder, save_every=4)
+    start = trainer.saver.start
+
+    def signalled(*args: Any, **kwargs: Any) -> None:
+        start(*args, **kwargs)
+        if args[0] == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(trainer.saver, "start", signalled)
+    with pytest.raises(StoppedBySignal, match="SIGTERM after step 5; saved"):
+        trainer.fit()
+    told = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    ends = [(row["kind"], row["step"]) for row in told if row["kind"] in ("save", "stop")]
+    assert ends == [("save", 4), ("save", 5), ("stop", 5)]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_signals_finish_the_step_save_and_ask_for_a_restart(
     make_trainer: Trainers, tmp_path: Path, number: signal.Signals

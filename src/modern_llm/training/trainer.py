@@ -290,13 +290,14 @@ class Trainer:
         for hook in self._left():
             hook(stop)
             stop.agree()
-        if stop.requested or self._due(self.config.save_every):
+        asked = stop.requested  # once: a signal during the save is answered after the next step
+        if asked or self._due(self.config.save_every):
             last = self.progress.step == self.config.max_steps
-            self._save(wait=last or stop.requested is not None)
-        if stop.requested and (self.progress.step < self.config.max_steps or self._left()):
-            self._tell_stop(f"signal:{stop.requested}")
+            self._save(wait=last or asked is not None)
+        if asked and (self.progress.step < self.config.max_steps or self._left()):
+            self._tell_stop(f"signal:{asked}")
             raise StoppedBySignal(
-                f"{self.folder.name}: {stop.requested} after step {self.progress.step}; "
+                f"{self.folder.name}: {asked} after step {self.progress.step}; "
                 "saved, the same command goes on from there (without --force)"
             )
 
