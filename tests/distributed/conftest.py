@@ -26,3 +26,9 @@ def ranks(rank_server: Server) -> Iterator[Launcher]:
     yield launcher
     for job in launcher.jobs:
         job.kill()
+
+
+@pytest.fixture(scope="module", params=["ddp", "fsdp"])
+def engine(request: pytest.FixtureRequest) -> str:
+    """Every rank has all, or each a part."""
+    return str(request.param)

@@ -41,11 +41,6 @@ def arguments(config: Path, engine: str, name: str) -> list[str]:
     ]  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=["ddp", "fsdp"])
-def engine(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 @pytest.fixture(scope="module")
 def whole(engine: str, config: Path, rank_server: Any) -> Path:
     Launcher(rank_server).command(2, *arguments(config, engine, f"whole-{engine}")).succeeds()

@@ -52,11 +52,6 @@ def run(engine: str, config: Path, name: str) -> list[str]:
     ]  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=["ddp", "fsdp"])
-def engine(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 @pytest.fixture(scope="module")
 def whole(engine: str, config: Path, rank_server: Any) -> Path:
     """A run of two ranks that nothing disturbed."""
